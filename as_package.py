@@ -2,8 +2,8 @@
 
     python as_package.py nano.evaluate --help
 
-ComfyUI imports the folder under a name of its own choosing, so every import inside the pack is relative; this is the one
-place that gives the package a name outside ComfyUI (tests, training, `run.py verify`).
+ComfyUI imports the folder under a name of its own choosing, so every import inside the pack is relative; this is the
+one place that gives the package a name outside ComfyUI (tests, training, `run.py verify`).
 """
 
 import importlib.util
@@ -16,14 +16,15 @@ ROOT = Path(__file__).resolve().parent
 
 
 def comfyui_folder():
-    """Return the ComfyUI folder that $COMFYUI_PATH names, that holds this pack, or that run.py fetched; None without one."""
+    """Return the ComfyUI that $COMFYUI_PATH names, else one around or beside this pack, else run.py's own; or None."""
     named = os.environ.get("COMFYUI_PATH")
-    candidates = [Path(named)] if named else [ROOT.parent.parent, ROOT.parent / "ComfyUI", ROOT / ".comfyui" / "ComfyUI"]
+    ours = ROOT / ".comfyui" / "ComfyUI"
+    candidates = [Path(named).resolve()] if named else [ROOT.parent.parent, ROOT.parent / "ComfyUI", ours]
     return next((folder for folder in candidates if (folder / "comfy" / "sd.py").is_file()), None)
 
 
 def load_pack():
-    """Register the root `__init__.py` as package `pack`, put ComfyUI's folder at the end of sys.path, return the package."""
+    """Register the root `__init__.py` as package `pack`, put ComfyUI at the end of sys.path, return the package."""
     if "pack" in sys.modules:
         return sys.modules["pack"]
     comfyui = comfyui_folder()

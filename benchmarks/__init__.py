@@ -1,0 +1,1 @@
+"""The performance table: `python as_package.py benchmarks.run`."""

@@ -1,0 +1,1 @@
+"""The networks in plain torch, and everything that turns weight files into them."""

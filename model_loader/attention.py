@@ -1,0 +1,38 @@
+"""Grouped-head attention for every network, and the local attention of 1080p super-resolution without an N x N mask."""
+
+import torch
+import torch.nn.functional as F
+
+
+def grouped_attention(q, k, v, mask=None, scale=None):
+    """Softmax attention where query head h uses key/value head h // (Hq / Hkv).
+
+    q [B, Hq, N, d], k and v [B, Hkv, M, d], any float dtype (softmax in fp32); mask: bool [..., N, M], True where a query
+    may look; scale: default d ** -0.5. Returns [B, Hq, N, d] in q's dtype.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def frame_windows(frames, radius):
+    """Return for every latent frame the half-open range of frames within `radius` of it."""
+    return tuple((max(0, f - radius), min(frames, f + radius + 1)) for f in range(frames))
+
+
+def local_attention(q, k, v, layout, radius, attend=grouped_attention):
+    """Attention in which a video query sees the frames within `radius`, all audio and all text; other queries see all.
+
+    q [B, Hq, N, d], k and v [B, Hkv, N, d] in the token order of `layout`; `attend(q, k, v)` runs one block. Exact; its
+    cost grows with the frames times the window. Returns [B, Hq, N, d] in q's dtype.
+    """
+    if radius >= layout.frames - 1:
+        return attend(q, k, v)
+    frame, video = layout.frame, layout.video
+    k_rest, v_rest = k[:, :, video:], v[:, :, video:]
+    out = []
+    for f, (first, last) in enumerate(frame_windows(layout.frames, radius)):
+        near = slice(first * frame, last * frame)
+        keys = torch.cat([k[:, :, near], k_rest], dim=2)
+        values = torch.cat([v[:, :, near], v_rest], dim=2)
+        out.append(attend(q[:, :, f * frame : (f + 1) * frame], keys, values))
+    out.append(attend(q[:, :, video:], k, v))
+    return torch.cat(out, dim=2)

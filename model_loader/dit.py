@@ -1,0 +1,62 @@
+"""The transformer: noisy video and audio latents and text features in, velocities of both latents out."""
+
+import torch
+from torch import nn
+
+from .attention import grouped_attention
+from .dit_layers import Adapter, Layer, RMSNorm
+from .tokens import TokenLayout, patchify, rotary_table, unpatchify
+
+
+class DiT(nn.Module):
+    """Single-stream audio-video transformer of MagiHuman (arXiv 2603.21986), differentiable and batched.
+
+    `operations` supplies Linear (torch.nn, or comfy.ops.* under ComfyUI). Linears take `dtype` (default: torch's default
+    dtype) and matmuls run in it; adapter, norms and final linears are fp32 always.
+    """
+
+    def __init__(self, config, *, operations=nn, dtype=None, device=None):
+        super().__init__()
+        self.config = config
+        dtype = dtype or torch.get_default_dtype()
+        self.adapter = Adapter(config, operations=operations, device=device)
+        self.block = nn.Module()
+        self.block.layers = nn.ModuleList(
+            Layer(config, i, operations=operations, dtype=dtype, device=device) for i in range(config.num_layers)
+        )
+        final = {"bias": False, "dtype": torch.float32, "device": device}
+        self.final_norm_video = RMSNorm(config.hidden_size, device=device)
+        self.final_norm_audio = RMSNorm(config.hidden_size, device=device)
+        self.final_linear_video = operations.Linear(config.hidden_size, config.video_in_channels, **final)
+        self.final_linear_audio = operations.Linear(config.hidden_size, config.audio_in_channels, **final)
+
+    def forward(self, video, audio, text, *, attention=None):
+        """Predict velocity = noise - clean of both latents; the noise level is read off the latents themselves.
+
+        video [B, C, T, H, W] (H, W even), audio [B, L, Ca], text [B, n, Ct]; all clips of a batch share sizes and text
+        length. `attention(q, k, v)` replaces `grouped_attention`. Returns fp32 (video's shape, audio's shape). ValueError
+        where sizes do not fit.
+        """
+        self._check(video, audio, text)
+        layout = TokenLayout.of(video, audio, text)
+        rotary = rotary_table(layout, self.config.positions, self.config.head_dim, video.device)
+        x = self.adapter(patchify(video), audio, text)
+        for layer in self.block.layers:
+            x = layer(x, layout, rotary, attention or grouped_attention)
+        x_video, x_audio, _ = x.split(layout.spans, dim=1)
+        v_video = self.final_linear_video(self.final_norm_video(x_video))
+        v_audio = self.final_linear_audio(self.final_norm_audio(x_audio))
+        return unpatchify(v_video, layout), v_audio
+
+    def _check(self, video, audio, text):
+        wanted = (
+            ("video latent", video, 5, 1, self.config.video_in_channels // 4, "[B, C, T, H, W]"),
+            ("audio latent", audio, 3, 2, self.config.audio_in_channels, "[B, L, C]"),
+            ("text features", text, 3, 2, self.config.text_in_channels, "[B, n, C]"),
+        )
+        for name, tensor, ndim, axis, channels, layout in wanted:
+            if tensor.ndim != ndim or tensor.shape[axis] != channels:
+                raise ValueError(
+                    f"{name} of shape {list(tensor.shape)}: this model wants {layout} with {channels} channels; "
+                    "is it from another model's encoder?"
+                )

@@ -1,0 +1,167 @@
+"""Weight file -> network: decide from headers, build on meta, check every name and shape, then assign tensor by tensor."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from .checkpoint import Checkpoint, CheckpointError
+from .core_vae import AudioVAE, VideoVAE
+from .detect import CONFIGS, describe
+from .dit import DiT
+from .key_map import KEY_MAPS, split_names, stacked_name
+from .text_encoder import TextEncoder
+from .tokens import rotary_bands
+from .turbo_vae import TurboVAE
+
+
+def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn):
+    """Load a transformer from a file, shard or folder: `dtype` for its linears; adapter, norms, final linears stay fp32.
+
+    variant: as `detect.describe`. Raises CheckpointError.
+    """
+    return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations)
+
+
+def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn):
+    """Load a T5Gemma encoder from a file, shard or folder. Raises CheckpointError."""
+    return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations)
+
+
+def load_video_vae(path, *, dtype=torch.float32, device="cpu", operations=nn):
+    """Load a VideoVAE (Wan2.2) or a TurboVAE (decoder only), whichever the file holds. Raises CheckpointError."""
+    return _load(path, "video_vae", dtype=dtype, device=device, operations=operations)
+
+
+def load_audio_vae(path, *, device="cpu"):
+    """Load an AudioVAE (Oobleck), always fp32, alone or out of a stable-audio checkpoint. Raises CheckpointError."""
+    return _load(path, "audio_vae", dtype=torch.float32, device=device)
+
+
+def _load(path, part, variant=None, *, dtype, device, operations=nn):
+    checkpoint = Checkpoint.open(path)
+    found = describe(checkpoint, variant)
+    if found.part != part:
+        raise CheckpointError(
+            f"{checkpoint.label}: holds a {found.part} ({found.network}), expected a {part}. Choose another file, or load this "
+            "one where it belongs."
+        )
+    return fill(found.network, found.config, checkpoint, found.prefix, dtype=dtype, device=device, operations=operations)
+
+
+def build(network, config, *, dtype, device="meta", operations=nn):
+    """Build an empty network: `network` is a key of KEY_MAPS; the VAEs of core choose their own operations."""
+    if network == "oobleck":
+        return AudioVAE(config, device=device)
+    if network == "wan_vae":
+        return VideoVAE(config, dtype=dtype, device=device)
+    classes = {"dit": DiT, "text_encoder": TextEncoder, "turbo_vae": TurboVAE}
+    return classes[network](config, operations=operations, dtype=dtype, device=device)
+
+
+def expected_tensors(network, config, *, dtype):
+    """Return {our name: meta tensor} of a network, without the wrapper's `vae.` of core's classes."""
+    # Built with torch.nn, because some of comfy's operations own no weight before they are loaded.
+    return {n.removeprefix("vae."): t for n, t in build(network, config, dtype=dtype).state_dict().items()}
+
+
+def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operations=nn):
+    """Build a network and give it a checkpoint's tensors: cast one at a time, never copied where dtype and device fit.
+
+    Every tensor under `prefix` must have a place and every place a tensor of its shape; CheckpointError otherwise.
+    Returns the network in eval mode without gradients.
+    """
+    wanted = expected_tensors(network, config, dtype=dtype)
+    places = plan(network, checkpoint, prefix, wanted)
+    state = {}
+    for name, ours in places.items():
+        tensor = checkpoint.read(name).to(device=device, dtype=wanted[ours[0]].dtype)
+        state.update(zip(ours, tensor.chunk(len(ours)), strict=True))  # experts are rows of one tensor, not copies
+    module = build(network, config, dtype=dtype, operations=operations)
+    target = module.vae if isinstance(module, (AudioVAE, VideoVAE)) else module
+    target.load_state_dict(state, strict=True, assign=True)
+    left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+    assert not left, left
+    return module.eval().requires_grad_(False)
+
+
+def plan(network, checkpoint, prefix, wanted):
+    """Return {file name: our names, in row order} that fills `wanted` exactly; CheckpointError where it cannot."""
+    keys = KEY_MAPS[network]
+    places, leftover, misshapen = {}, [], []
+    for name, header in checkpoint.headers.items():
+        inner = name[len(prefix) :]
+        if not name.startswith(prefix) or inner in keys.computed:
+            continue
+        ours = split_names(keys.to_ours(inner), wanted)
+        if not ours:
+            leftover.append(name)
+            continue
+        shape = tuple(wanted[ours[0]].shape)
+        shape = (shape[0] * len(ours), *shape[1:])
+        if header.shape != shape:
+            misshapen.append(f"{name} has shape {list(header.shape)}, expected {list(shape)}")
+        places[name] = ours
+    missing = sorted(set(wanted) - {ours for names in places.values() for ours in names})
+    if missing:
+        first = prefix + stacked_name(missing[0])
+        _refuse(checkpoint, network, f"{len(missing)} tensors missing (first: {first})")
+    if misshapen:
+        _refuse(checkpoint, network, f"{len(misshapen)} tensors of another size (first: {misshapen[0]})")
+    if leftover and not keys.extras:
+        _refuse(checkpoint, network, f"{len(leftover)} tensors that have no place (first: {leftover[0]})")
+    return places
+
+
+def _refuse(checkpoint, network, fault):
+    raise CheckpointError(
+        f"{checkpoint.label}: {fault}; expected the {network} layout. Download it again, or check that it is not an adapter, "
+        "a part of a set, or another model."
+    )
+
+
+def save_part(path, weights, part, config, variant, *, tokenizer=None):
+    """Write one network as safetensors under its published tensor names, configuration in the header.
+
+    weights: the module or its state dict. part: "dit", "text_encoder", "video_vae" or "audio_vae". tokenizer: text of a
+    tokenizer.json to carry along. The file appears whole or not at all.
+    """
+    network = next(name for name, cls in CONFIGS.items() if isinstance(config, cls))
+    if KEY_MAPS[network].part != part:
+        raise ValueError(f"a {type(config).__name__} describes a {KEY_MAPS[network].part}, not a {part}")
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    metadata = {
+        "format": "pt",
+        "happyhorse.part": part,
+        "happyhorse.variant": variant,
+        "happyhorse.config": json.dumps(config.to_dict()),
+    }
+    if tokenizer is not None:
+        metadata["happyhorse.tokenizer"] = tokenizer
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    save_file(published_tensors(network, state, config), unfinished, metadata)
+    os.replace(unfinished, path)
+
+
+def published_tensors(network, state, config):
+    """Return a state dict of ours under the published names, experts stacked, on the CPU."""
+    keys = KEY_MAPS[network]
+    stacks = {}
+    for name, tensor in state.items():  # a module lists video, audio, text in the published order of rows
+        stacks.setdefault(keys.to_file(stacked_name(name.removeprefix("vae."))), []).append(tensor.detach().cpu())
+    published = {name: torch.cat(rows).contiguous() for name, rows in stacks.items()}
+    if network == "dit":
+        published["adapter.rope.bands"] = rotary_bands(config.head_dim)
+    return published
+
+
+def tokenizer_json(path):
+    """Return the text of a text encoder's tokenizer.json: embedded in the file, or beside it; None without one."""
+    checkpoint = Checkpoint.open(path)
+    embedded = checkpoint.metadata.get("happyhorse.tokenizer")
+    beside = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / "tokenizer.json"
+    return embedded or (beside.read_text(encoding="utf-8") if beside.is_file() else None)

@@ -1,0 +1,1 @@
+"""nano: the built-in tiny model; its world, its training, its evaluation, its weights."""

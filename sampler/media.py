@@ -1,0 +1,47 @@
+"""Pixels at both ends: the first image cut to the clip's shape, and decoded video as 8-bit frames."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+
+def crop_to_ratio(image, height, width):
+    """Return the centre of a PIL image at the ratio height : width, as large as fits (no letterbox)."""
+    have_width, have_height = image.size
+    if have_height / have_width > height / width:
+        keep_width, keep_height = have_width, int(have_width * height / width)
+    else:
+        keep_width, keep_height = int(have_height * width / height), have_height
+    left, top = (have_width - keep_width) / 2, (have_height - keep_height) / 2
+    # PIL rounds the four edges itself, halves to even: the published crop, at most a pixel off where a margin is odd.
+    return image.crop((left, top, left + keep_width, top + keep_height))
+
+
+def first_image(pixels, height, width):
+    """Return the first image as the video VAE wants it: [1, 3, 1, height, width] fp32 in [-1, 1].
+
+    pixels: uint8 [H, W, 3], or float [H, W, 3] in [0, 1] (rounded to 8 bits, as a picture file is); cropped to the
+    target's ratio, then Lanczos. ValueError on another shape.
+    """
+    if pixels.ndim != 3 or pixels.shape[-1] != 3:
+        raise ValueError(f"image has shape {list(pixels.shape)}; expected [height, width, 3] (RGB without alpha)")
+    if pixels.is_floating_point():
+        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+    image = crop_to_ratio(Image.fromarray(pixels.cpu().numpy()), height, width)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    scaled = torch.from_numpy(resized.astype(np.float32)) / 255 * 2 - 1
+    return scaled.permute(2, 0, 1)[None, :, None].contiguous()
+
+
+def to_frames(decoded):
+    """Return a decoder's output as 8-bit frames: [3, F, H, W] nominally in [-1, 1] -> uint8 [F, H, W, 3], truncated."""
+    return ((decoded.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 3, 0)
+
+
+def resize_frames(frames, height, width, mode="bicubic"):
+    """Resize 8-bit frames: uint8 [F, H, W, 3] -> [F, height, width, 3]; mode is bicubic, bilinear or nearest."""
+    scaled = frames.permute(0, 3, 1, 2).float() / 255
+    align_corners = None if mode == "nearest" else False
+    resized = F.interpolate(scaled, size=(height, width), mode=mode, align_corners=align_corners)
+    return (resized * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

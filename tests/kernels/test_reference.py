@@ -1,0 +1,93 @@
+"""The reference ops against their formulas in float64, written out independently."""
+
+import pytest
+import torch
+from pack.kernels import reference
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 7, 3, 16, generator=torch.Generator().manual_seed(0)) * 6
+
+
+def close(found, wanted, dtype=torch.float32):
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def test_rms_norm_scales_by_weight_plus_one(x):
+    weight = torch.linspace(-2, 2, 16)
+    wanted = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
+    close(reference.rms_norm(x, weight), wanted)
+    close(reference.rms_norm(x, weight, out_dtype=torch.bfloat16), wanted, torch.bfloat16)
+
+
+def test_rms_norm_of_bf16_keeps_fp32_inside():
+    x = torch.full((1, 4096), 300.0, dtype=torch.bfloat16)  # the squares' sum would stall in bf16
+    close(reference.rms_norm(x, torch.zeros(4096)), torch.ones(1, 4096), torch.bfloat16)
+
+
+def test_every_span_has_its_weight(x):
+    weight = torch.randn(3, 16)
+    wanted = torch.cat([reference.rms_norm(x[:, a:b], weight[e]) for e, (a, b) in enumerate(((0, 4), (4, 5), (5, 7)))], dim=1)
+    assert torch.equal(reference.rms_norm_spans(x, weight, (4, 1, 2)), wanted)
+    with pytest.raises(RuntimeError):
+        reference.rms_norm_spans(x, weight, (4, 1, 1))
+    with pytest.raises(ValueError):
+        reference.rms_norm_spans(x, weight[:2], (4, 1, 2))
+
+
+def test_an_empty_span_is_allowed(x):
+    assert torch.equal(reference.rms_norm_spans(x, torch.zeros(2, 16), (0, 7)), reference.rms_norm(x, torch.zeros(16)))
+
+
+def test_swiglu7_reads_even_columns_as_gates_and_clamps_both(x):
+    gate, linear = x[..., 0::2].double(), x[..., 1::2].double()
+    gate, linear = torch.minimum(gate, torch.tensor(7.0)), torch.clamp(linear, -7, 7)
+    close(reference.swiglu7(x), gate / (1 + torch.exp(-1.702 * gate)) * (linear + 1))
+    assert (x.abs() > 7).any()  # or the clamps would not be tested
+
+
+def test_gelu7_clamps_from_above_only(x):
+    wide = torch.minimum(x.double(), torch.tensor(7.0))
+    close(reference.gelu7(x), wide / (1 + torch.exp(-1.702 * wide)))
+    close(reference.gelu7(x, torch.bfloat16), wide / (1 + torch.exp(-1.702 * wide)), torch.bfloat16)
+
+
+def test_rotate_turns_pairs_and_leaves_the_last_quarter(x):
+    angles = torch.randn(7, 6)
+    turned = reference.rotate(x, torch.cat([angles.sin(), angles.cos()], dim=1))
+    for k in range(6):  # channel k is paired with k + 6
+        pair = torch.complex(x[..., k].double(), x[..., k + 6].double()) * torch.exp(1j * angles[:, k, None].double())
+        close(turned[..., k], pair.real)
+        close(turned[..., k + 6], pair.imag)
+    assert torch.equal(turned[..., 12:], x[..., 12:])
+
+
+def test_gate_heads_is_one_scalar_a_head(x):
+    logits = torch.randn(2, 7, 3)
+    close(reference.gate_heads(x, logits), x.double() / (1 + torch.exp(-logits.double()))[..., None])
+    assert reference.gate_heads(x.bfloat16(), logits).dtype == torch.bfloat16
+
+
+def test_renoise_step_ends_clean():
+    x, velocity, noise = torch.randn(3, 2, 4)
+    close(reference.renoise_step(x, velocity, noise, 0.8, 0.0), x.double() - 0.8 * velocity.double())
+    close(reference.renoise_step(x, velocity, noise, 0.8, 0.5), 0.5 * noise.double() + 0.5 * (x.double() - 0.8 * velocity.double()))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu7", "gelu7", "rotate", "gate_heads"])
+def test_ops_are_differentiable(op):
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 3, 2, 8, generator=random, dtype=torch.float64, requires_grad=True)
+    second = {
+        "rms_norm": torch.randn(8, generator=random, dtype=torch.float64, requires_grad=True),
+        "rotate": torch.randn(3, 6, generator=random, dtype=torch.float64),
+        "gate_heads": torch.randn(1, 3, 2, generator=random, dtype=torch.float64, requires_grad=True),
+    }.get(op)
+    function = getattr(reference, op)
+    result = function(x) if second is None else function(x, second)
+    result.sum().backward()
+    assert x.grad.abs().sum() > 0
+    if second is not None and second.requires_grad:
+        assert second.grad.abs().sum() > 0

@@ -1,0 +1,1 @@
+"""Compare our code with golden tensors of the published implementation: `python as_package.py verify DIR`."""
