@@ -52,7 +52,7 @@ def rotate(x, sin_cos):
 
 
 def gate_heads(x, gate_logits):
-    """Scale every head by the sigmoid of its logit: x [B, N, H, d], gate_logits [B, N, H] -> x's dtype, through fp32."""
+    """Scale every head by the sigmoid of its logit, in fp32: x [B, N, H, d], gate_logits [B, N, H] -> x's dtype."""
     return (x.float() * torch.sigmoid(gate_logits.float()).unsqueeze(-1)).to(x.dtype)
 
 

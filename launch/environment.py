@@ -144,9 +144,10 @@ def install(wanted, venv=VENV):
     if free_gb < wanted.free_gb:
         raise LaunchError(f"{wanted.free_gb} GB are needed in {venv.parent}, {free_gb:.1f} GB are free.")
     python = python_of(venv)
-    pip(python, ["install", *wanted.packages], "PyTorch and what ComfyUI needs")
+    command = ["install", "--no-compile"]  # Python compiles what is used when it is used: half the time, less disk
+    pip(python, [*command, *wanted.packages], "PyTorch and what ComfyUI needs")
     if wanted.alone:
-        pip(python, ["install", "--no-deps", *wanted.alone], "torchvision, torchaudio, spandrel")
+        pip(python, [*command, "--no-deps", *wanted.alone], "torchvision, torchaudio, spandrel")
     if next(site_packages(venv).glob("torch-*+cpu.dist-info"), None):
         # PyPI's torchaudio is built for CUDA: its compiled half fails beside a CPU torch, its Python half works.
         for library in (site_packages(venv) / "torchaudio" / "lib").glob("*.so"):

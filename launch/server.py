@@ -32,7 +32,7 @@ class Server:
     Raises LaunchError, with the end of its log, when it does not come up within `patience` seconds.
     """
 
-    def __init__(self, comfyui, output, arguments=(), python=sys.executable, patience=180):
+    def __init__(self, comfyui, output, arguments=(), python=sys.executable, patience=300):
         self.comfyui, self.output, self.patience = Path(comfyui), Path(output), patience
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"

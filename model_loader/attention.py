@@ -7,8 +7,8 @@ import torch.nn.functional as F
 def grouped_attention(q, k, v, mask=None, scale=None):
     """Softmax attention where query head h uses key/value head h // (Hq / Hkv).
 
-    q [B, Hq, N, d], k and v [B, Hkv, M, d], any float dtype (softmax in fp32); mask: bool [..., N, M], True where a query
-    may look; scale: default d ** -0.5. Returns [B, Hq, N, d] in q's dtype.
+    q [B, Hq, N, d], k and v [B, Hkv, M, d], any float dtype (softmax in fp32); mask: bool [..., N, M], True where a
+    query may look; scale: default d ** -0.5. Returns [B, Hq, N, d] in q's dtype.
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 

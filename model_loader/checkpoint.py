@@ -1,6 +1,7 @@
 """Weight files as they lie on disk: headers first, tensors one at a time, clear errors for files that are not whole."""
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -74,7 +75,7 @@ class Checkpoint:
         if path.suffix in PICKLES:
             return _open_pickle(path)
         raise CheckpointError(
-            f"{path.name}: unknown kind of weight file; expected .safetensors, {', '.join(PICKLES)} or a folder of shards."
+            f"{path.name}: unknown kind of file; expected .safetensors, {', '.join(PICKLES)} or a folder of them."
         )
 
     @classmethod
@@ -103,12 +104,14 @@ def _open_folder(folder):
 def _open_index(path):
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted({os.fspath(name) for name in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path.name}: not a shard index (no readable `weight_map`). {AGAIN}") from None
     for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"{path.name}: names a shard outside its folder ({name}); such an index is not trusted.")
+            raise CheckpointError(
+                f"{path.name}: names a shard outside its folder ({name}); such an index is not trusted."
+            )
     checkpoint = _open_files(path.parent, [path.parent / name for name in names])
     lost = sorted(set(weight_map) - set(checkpoint.headers))
     if lost:
@@ -129,7 +132,8 @@ def _open_files(path, files):
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise CheckpointError(
-            f"{path.name}: {len(absent)} of {len(files)} shards are missing (first: {absent[0]}). Download them beside the others."
+            f"{path.name}: {len(absent)} of {len(files)} shards are missing (first: {absent[0]}). "
+            "Download them beside the others."
         )
     headers, metadata, where = {}, {}, {}
     for file in files:
@@ -154,7 +158,8 @@ def _read_safetensors_header(path):
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > size - 8:
             raise CheckpointError(
-                f"{path.name}: {size} bytes, too short for its own header; the file is empty, cut off or no safetensors. {AGAIN}"
+                f"{path.name}: {size} bytes, too short for its own header; the file is empty, cut off or no "
+                f"safetensors. {AGAIN}"
             )
         try:
             header = json.loads(file.read(length))
@@ -166,7 +171,9 @@ def _read_safetensors_header(path):
     if not headers:
         raise CheckpointError(f"{path.name}: holds no tensors. {AGAIN}")
     if size != end:
-        raise CheckpointError(f"{path.name}: {size} bytes, but its header describes {end}; the file is cut off. {AGAIN}")
+        raise CheckpointError(
+            f"{path.name}: {size} bytes, but its header describes {end}; the file is cut off. {AGAIN}"
+        )
     return headers, metadata
 
 
@@ -178,8 +185,8 @@ def _open_pickle(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path.name}: holds more than plain tensors, or is no torch checkpoint at all. Other objects could run code, so it "
-            "was not opened. Use a .safetensors file of the same weights."
+            f"{path.name}: holds more than plain tensors, or is no torch checkpoint at all. Other objects could run "
+            "code, so it was not opened. Use a .safetensors file of the same weights."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]

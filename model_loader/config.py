@@ -38,7 +38,9 @@ class _JsonConfig:
         try:
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
         except TypeError as error:
-            raise ValueError(f"{cls.__name__}: {error}. The file was written for another version of this pack.") from None
+            raise ValueError(
+                f"{cls.__name__}: {error}. The file was written for another version of this pack."
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class DiTConfig(_JsonConfig):
     """The joint audio-video transformer. `*_in_channels` are features per token; layer tuples hold layer numbers.
 
     expert_layers: layers with one weight set per modality. gelu7_layers: plain MLP of 4x width, all others are gated.
-    local_attention_layers: video sees `frame_receptive_field` latent frames to either side. positions: "v1" (super-resolution)
-    or "v2" (base, distill).
+    local_attention_layers: video sees `frame_receptive_field` latent frames to either side. positions: "v1"
+    (super-resolution) or "v2" (base, distill).
     """
 
     num_layers: int
@@ -72,7 +74,9 @@ class DiTConfig(_JsonConfig):
         if self.head_dim % 8:
             raise ValueError(f"head_dim {self.head_dim} must be a multiple of 8 (three axes of rotary bands)")
         if self.video_in_channels % (PATCH[0] * PATCH[1] * PATCH[2]):
-            raise ValueError(f"video_in_channels {self.video_in_channels} must be 4 x latent channels (patches are 1x2x2)")
+            raise ValueError(
+                f"video_in_channels {self.video_in_channels} must be 4 x latent channels (patches are 1x2x2)"
+            )
         if self.positions not in ("v1", "v2"):
             raise ValueError(f'positions must be "v1" or "v2", not {self.positions!r}')
         for name in ("expert_layers", "gelu7_layers", "local_attention_layers"):
@@ -110,14 +114,14 @@ class TextEncoderConfig(_JsonConfig):
     def __post_init__(self):
         if self.num_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(
-                f"{self.num_heads} heads must be a multiple of {self.num_key_value_heads} key/value heads, and head_dim "
-                f"{self.head_dim} even"
+                f"{self.num_heads} heads must be a multiple of {self.num_key_value_heads} key/value heads, "
+                f"and head_dim {self.head_dim} even"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class TurboVAEConfig(_JsonConfig):
-    """TurboVAED decoder, every tuple in decoder order: the reverse of the published JSON, which starts at the pixels."""
+    """TurboVAED decoder, every tuple in decoder order; the published JSON starts at the pixels instead."""
 
     latent_channels: int
     out_channels: int
@@ -137,7 +141,12 @@ class TurboVAEConfig(_JsonConfig):
 
     def __post_init__(self):
         blocks = len(self.block_out_channels)
-        expected = {"layers_per_block": blocks + 1, "depthwise": blocks + 1, "upsample": blocks, "upsample_space_only": blocks}
+        expected = {
+            "layers_per_block": blocks + 1,
+            "depthwise": blocks + 1,
+            "upsample": blocks,
+            "upsample_space_only": blocks,
+        }
         for name, length in expected.items():
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} must have {length} entries for {blocks} up blocks, not {getattr(self, name)}")

@@ -48,7 +48,10 @@ class VideoVAE(nn.Module):
         return self.vae.conv2.weight.dtype
 
     def encode(self, pixels):
-        """Encode pixels [B, 3, F, H, W] in [-1, 1], F = 4k+1, H and W multiples of 16 -> latent [B, z, k+1, H/16, W/16] fp32."""
+        """Encode pixels [B, 3, F, H, W] in [-1, 1] -> normalised latent [B, z, k+1, H/16, W/16] fp32.
+
+        F must be 4k+1, H and W multiples of 16: ValueError otherwise.
+        """
         mean, inverse_std = self.statistics(pixels.device)
         return ((self.encode_raw(pixels) - mean) * inverse_std).float()
 
@@ -57,8 +60,8 @@ class VideoVAE(nn.Module):
         frames, height, width = pixels.shape[2:]
         if frames % 4 != 1 or height % 16 or width % 16:
             raise ValueError(
-                f"video of {frames} frames, {height} x {width}: expected 4k+1 frames and sides that are multiples of 16; "
-                "crop or resize it first"
+                f"video of {frames} frames, {height} x {width}: expected 4k+1 frames and sides that are multiples of "
+                "16; crop or resize it first"
             )
         return self.vae.encode(pixels.to(self.dtype))
 
@@ -72,14 +75,14 @@ class VideoVAE(nn.Module):
         return self.vae.decode(latent.to(self.dtype) / inverse_std + mean).float()
 
     def statistics(self, device):
-        """Return the latent's mean and 1/std, each [1, z, 1, 1, 1], rounded to `dtype` as the published pipeline does."""
+        """Return the latent's mean and 1/std, each [1, z, 1, 1, 1], in `dtype` as in the published pipeline."""
         mean = torch.tensor(self.config.latent_mean, dtype=self.dtype, device=device)
         std = torch.tensor(self.config.latent_std, dtype=self.dtype, device=device)
         return mean.view(1, -1, 1, 1, 1), (1.0 / std).view(1, -1, 1, 1, 1)
 
 
 class AudioVAE(nn.Module):
-    """Core's Oobleck VAE between stereo sound at `config.sample_rate` (51200 Hz) and 25 latents a second; fp32 throughout."""
+    """Core's Oobleck VAE between stereo at `config.sample_rate` (51200 Hz) and 25 latents a second; fp32 throughout."""
 
     def __init__(self, config, *, device=None):
         """Build uninitialised weights (see `initialise`)."""
@@ -99,7 +102,7 @@ class AudioVAE(nn.Module):
         return math.prod(self.config.strides)
 
     def encode(self, waveform, noise=None):
-        """Encode stereo [B, 2, n] at `sample_rate` -> [B, 64, L]: the mean, or mean + noise * std for noise [B, 64, L]."""
+        """Encode stereo [B, 2, n] at `sample_rate` -> [B, 64, L]: the mean, or mean + noise * std for such noise."""
         mean, scale = self.encode_raw(waveform)
         return mean if noise is None else mean + noise * stdev(scale)
 

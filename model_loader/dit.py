@@ -11,8 +11,8 @@ from .tokens import TokenLayout, patchify, rotary_table, unpatchify
 class DiT(nn.Module):
     """Single-stream audio-video transformer of MagiHuman (arXiv 2603.21986), differentiable and batched.
 
-    `operations` supplies Linear (torch.nn, or comfy.ops.* under ComfyUI). Linears take `dtype` (default: torch's default
-    dtype) and matmuls run in it; adapter, norms and final linears are fp32 always.
+    `operations` supplies Linear (torch.nn, or comfy.ops.* under ComfyUI). Linears take `dtype` (default: torch's) and
+    matmuls run in it; adapter, norms and final linears are fp32 always.
     """
 
     def __init__(self, config, *, operations=nn, dtype=None, device=None):
@@ -34,8 +34,8 @@ class DiT(nn.Module):
         """Predict velocity = noise - clean of both latents; the noise level is read off the latents themselves.
 
         video [B, C, T, H, W] (H, W even), audio [B, L, Ca], text [B, n, Ct]; all clips of a batch share sizes and text
-        length. `attention(q, k, v)` replaces `grouped_attention`. Returns fp32 (video's shape, audio's shape). ValueError
-        where sizes do not fit.
+        length. `attention(q, k, v)` replaces `grouped_attention`. Returns fp32 (video's shape, audio's shape).
+        ValueError where sizes do not fit.
         """
         self._check(video, audio, text)
         layout = TokenLayout.of(video, audio, text)
@@ -54,9 +54,9 @@ class DiT(nn.Module):
             ("audio latent", audio, 3, 2, self.config.audio_in_channels, "[B, L, C]"),
             ("text features", text, 3, 2, self.config.text_in_channels, "[B, n, C]"),
         )
-        for name, tensor, ndim, axis, channels, layout in wanted:
+        for name, tensor, ndim, axis, channels, axes in wanted:
             if tensor.ndim != ndim or tensor.shape[axis] != channels:
                 raise ValueError(
-                    f"{name} of shape {list(tensor.shape)}: this model wants {layout} with {channels} channels; "
+                    f"{name} of shape {list(tensor.shape)}: this model wants {axes} with {channels} channels; "
                     "is it from another model's encoder?"
                 )

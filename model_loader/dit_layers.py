@@ -1,7 +1,7 @@
 """The pieces of the transformer: linears and norms with one expert per modality, attention, MLP, layer.
 
-Tokens travel as x [B, N, D] in the order video, audio, text; `layout.spans` are the three lengths. The residual stream is
-fp32, matmuls and attention run in the linears' dtype, norms, rotation, gate and activation in fp32.
+Tokens travel as x [B, N, D] in the order video, audio, text; `layout.spans` are the three lengths. The residual stream
+is fp32, matmuls and attention run in the linears' dtype, norms, rotation, gate and activation in fp32.
 """
 
 import torch
@@ -141,5 +141,9 @@ class Adapter(nn.Module):
 
     def forward(self, video, audio, text):
         """video [B, Nv, 4C], audio [B, L, Ca], text [B, n, Ct], any float dtype -> packed x [B, N, D] fp32."""
-        tokens = (self.video_embedder(video.float()), self.audio_embedder(audio.float()), self.text_embedder(text.float()))
+        tokens = (
+            self.video_embedder(video.float()),
+            self.audio_embedder(audio.float()),
+            self.text_embedder(text.float()),
+        )
         return torch.cat(tokens, dim=1)

@@ -9,9 +9,10 @@ from .dit_layers import MODALITIES
 class KeyMap:
     """Names of one network in files.
 
-    signature: a tensor that every file of it holds. roots: what its published names begin with, most specific first; files
-    may put anything before (`model.`, `diffusion_model.`, `module.`, `pretransform.model.`). suffixes: (file, ours) pairs
-    of name endings. computed: tensors that files may hold and the network computes instead. extras: training leaves other tensors among ours.
+    part: the role it plays. signature: a tensor that every file of it holds. roots: what its published names begin
+    with, most specific first; files may put anything before (`model.`, `diffusion_model.`, `module.`,
+    `pretransform.model.`). suffixes: (file, ours) pairs of name endings. computed: tensors that files may hold and the
+    network computes instead. extras: whether training leaves other tensors among ours.
     """
 
     part: str
@@ -49,7 +50,9 @@ WEIGHT_NORM = ((".weight_g", ".parametrizations.weight.original0"), (".weight_v"
 
 KEY_MAPS = {
     "dit": KeyMap("dit", "adapter.video_embedder.weight", computed=("adapter.rope.bands",)),
-    "text_encoder": KeyMap("text_encoder", "layers.0.pre_self_attn_layernorm.weight", roots=("model.encoder.", "encoder.", "")),
+    "text_encoder": KeyMap(
+        "text_encoder", "layers.0.pre_self_attn_layernorm.weight", roots=("model.encoder.", "encoder.", "")
+    ),
     "wan_vae": KeyMap("video_vae", "decoder.middle.0.residual.0.gamma"),
     "turbo_vae": KeyMap("video_vae", "conv_in.conv.weight", roots=("decoder.", ""), extras=True),
     "oobleck": KeyMap("audio_vae", "encoder.layers.1.layers.0.layers.0.alpha", suffixes=WEIGHT_NORM),
@@ -71,7 +74,7 @@ def expert_names(name):
 
 
 def stacked_name(name):
-    """Return the published name of an expert's tensor (`x.linear_qkv.audio.weight` -> `x.linear_qkv.weight`), else the name."""
+    """Undo `expert_names`: `x.linear_qkv.audio.weight` -> `x.linear_qkv.weight`; other names stay."""
     stem, _, leaf = name.rpartition(".")
     owner, _, modality = stem.rpartition(".")
     return f"{owner}.{leaf}" if modality in MODALITIES else name

@@ -1,4 +1,4 @@
-"""Weight file -> network: decide from headers, build on meta, check every name and shape, then assign tensor by tensor."""
+"""Weight file to network: decide from headers, build on meta, check names and shapes, assign; and back to a file."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from .checkpoint import Checkpoint, CheckpointError
 from .core_vae import AudioVAE, VideoVAE
 from .detect import CONFIGS, describe
 from .dit import DiT
-from .key_map import KEY_MAPS, split_names, stacked_name
+from .key_map import KEY_MAPS, expert_names, split_names, stacked_name
 from .text_encoder import TextEncoder
 from .tokens import rotary_bands
 from .turbo_vae import TurboVAE
 
 
 def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn):
-    """Load a transformer from a file, shard or folder: `dtype` for its linears; adapter, norms, final linears stay fp32.
+    """Load a transformer from a file, shard or folder; `dtype` is its linears', the rest stays fp32.
 
     variant: as `detect.describe`. Raises CheckpointError.
     """
@@ -46,10 +46,12 @@ def _load(path, part, variant=None, *, dtype, device, operations=nn):
     found = describe(checkpoint, variant)
     if found.part != part:
         raise CheckpointError(
-            f"{checkpoint.label}: holds a {found.part} ({found.network}), expected a {part}. Choose another file, or load this "
-            "one where it belongs."
+            f"{checkpoint.label}: holds a {found.part} ({found.network}), expected a {part}. Choose another file, or "
+            "load this one where it belongs."
         )
-    return fill(found.network, found.config, checkpoint, found.prefix, dtype=dtype, device=device, operations=operations)
+    return fill(
+        found.network, found.config, checkpoint, found.prefix, dtype=dtype, device=device, operations=operations
+    )
 
 
 def build(network, config, *, dtype, device="meta", operations=nn):
@@ -118,8 +120,8 @@ def plan(network, checkpoint, prefix, wanted):
 
 def _refuse(checkpoint, network, fault):
     raise CheckpointError(
-        f"{checkpoint.label}: {fault}; expected the {network} layout. Download it again, or check that it is not an adapter, "
-        "a part of a set, or another model."
+        f"{checkpoint.label}: {fault}; expected the {network} layout. Download it again, or check that it is not an "
+        "adapter, one file of a set, or another model."
     )
 
 
@@ -149,11 +151,15 @@ def save_part(path, weights, part, config, variant, *, tokenizer=None):
 
 def published_tensors(network, state, config):
     """Return a state dict of ours under the published names, experts stacked, on the CPU."""
-    keys = KEY_MAPS[network]
-    stacks = {}
-    for name, tensor in state.items():  # a module lists video, audio, text in the published order of rows
-        stacks.setdefault(keys.to_file(stacked_name(name.removeprefix("vae."))), []).append(tensor.detach().cpu())
-    published = {name: torch.cat(rows).contiguous() for name, rows in stacks.items()}
+    state = {name.removeprefix("vae."): tensor.detach().cpu() for name, tensor in state.items()}
+    published = {}
+    for name in state:
+        stacked = stacked_name(name)
+        file_name = KEY_MAPS[network].to_file(stacked)
+        if stacked == name:
+            published[file_name] = state[name].contiguous()
+        elif file_name not in published:
+            published[file_name] = torch.cat([state[expert] for expert in expert_names(stacked)])
     if network == "dit":
         published["adapter.rope.bands"] = rotary_bands(config.head_dim)
     return published

@@ -110,7 +110,7 @@ class TextEncoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, device=device)
 
     def forward(self, ids, mask=None):
-        """Encode ids [B, n] int64 in [0, vocab_size); mask [B, n], 1 where a token counts -> [B, n, hidden] in `dtype`."""
+        """Encode ids [B, n] int64 < vocab_size; mask [B, n], 1 for tokens that count -> [B, n, hidden] in `dtype`."""
         x = self.embed_tokens(ids).to(self.dtype)
         x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=self.dtype, device=x.device)
         cos, sin = self.rotary(ids.shape[1], x)
@@ -127,7 +127,7 @@ class TextEncoder(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def allowed(self, length, mask, device):
-        """Return what a query may see in even and in odd layers: bool [B or 1, 1, n, n], None where it may see everything."""
+        """Return what a query may see in even and in odd layers: bool [B or 1, 1, n, n], None for everything."""
         every = None if mask is None else mask.bool()[:, None, None, :].expand(-1, 1, length, length)
         if length <= self.config.sliding_window:
             return every, every

@@ -31,8 +31,8 @@ class TokenLayout:
             )
         if not video.shape[0] == audio.shape[0] == text.shape[0]:
             raise ValueError(
-                f"batch sizes differ: video {video.shape[0]}, audio {audio.shape[0]}, text {text.shape[0]}; give each clip "
-                "its own audio latent and text features"
+                f"batch sizes differ: video {video.shape[0]}, audio {audio.shape[0]}, text {text.shape[0]}; "
+                "give each clip its own audio latent and text features"
             )
         return cls(frames, height // PATCH[1], width // PATCH[2], audio.shape[1], text.shape[1])
 
@@ -65,16 +65,14 @@ def unpatchify(tokens, layout):
     pt, ph, pw = PATCH
     grid = tokens.reshape(tokens.shape[0], layout.frames, layout.rows, layout.columns, pt, ph, pw, -1)
     video = grid.permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return video.reshape(
-        tokens.shape[0], video.shape[1], layout.frames * pt, layout.rows * ph, layout.columns * pw
-    )
+    return video.reshape(tokens.shape[0], video.shape[1], layout.frames * pt, layout.rows * ph, layout.columns * pw)
 
 
 def coordinates(layout, positions):
     """Return every token's place: [N, 9] fp32 = index (t, h, w), own size (t, h, w), reference size (t, h, w).
 
-    positions "v2": audio runs over (L-1)//4+1 latent frames, text tokens count up to -1 and share one place. "v1": audio
-    runs over the T video frames, text over 2; an audio or text span of one token has no place there: ValueError.
+    positions "v2": audio runs over (L-1)//4+1 latent frames, text tokens count up to -1 and share one place. "v1":
+    audio runs over the T video frames, text over 2; a span of one token has no place there: ValueError.
     """
     frames, rows, columns = layout.frames, layout.rows, layout.columns
     grid = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).reshape(-1, 3)
@@ -91,8 +89,8 @@ def coordinates(layout, positions):
 def _line(length, start, reference):
     if length == 1 and reference > 1:
         raise ValueError(
-            f'positions "v1" spread a span of tokens over {reference} places, which one token cannot fill; give at least '
-            "two audio latents and two text tokens"
+            f'positions "v1" spread a span of tokens over {reference} places, which one token cannot fill; '
+            "give at least two audio latents and two text tokens"
         )
     index = torch.arange(start, start + length)
     rest = torch.tensor([0, 0, length, 1, 1, reference, 1, 1]).expand(length, 8)
@@ -100,12 +98,11 @@ def _line(length, start, reference):
 
 
 def rotary_sin_cos(coords, head_dim):
-    """Turn coordinates [N, 9] into the rotary table [N, 6*(head_dim//8)] fp32: sines of the t, h, w bands, then cosines."""
+    """Turn coordinates [N, 9] into a rotary table [N, 6*(head_dim//8)] fp32: sines of t, h, w bands, then cosines."""
     index, size, reference = coords.split(3, dim=1)
     scale = torch.where(size == 1, 1.0, (reference - 1) / (size - 1).clamp(min=1))
-    centre = (size - 1) / 2 * torch.tensor([0.0, 1.0, 1.0])  # rows and columns count from the middle, time from the start
-    angles = ((index - centre) * scale)[:, :, None] * rotary_bands(head_dim)
-    angles = angles.flatten(1)
+    centre = (size - 1) / 2 * torch.tensor([0.0, 1.0, 1.0])  # time counts from the start, rows and columns do not
+    angles = (((index - centre) * scale)[:, :, None] * rotary_bands(head_dim)).flatten(1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

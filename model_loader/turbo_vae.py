@@ -182,7 +182,7 @@ class TurboVAE(nn.Module):
         return (latent.to(self.dtype) / inverse_std + mean).to(self.dtype)
 
     def decode_window(self, z, first):
-        """Decode raw latent frames [B, C, T, h, w] at once -> 4T-3 pixel frames if they open the clip (`first`), else 4T."""
+        """Decode raw latent frames [B, C, T, h, w] at once -> 4T-3 pixel frames if they are the `first`, else 4T."""
         x = self.mid_block(self.conv_in(z), first)
         for block in self.up_blocks:
             x = block(x, first)

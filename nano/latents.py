@@ -1,4 +1,4 @@
-"""The training set of nano's transformer: clips of the world as normalised latents, and its prompts as text features."""
+"""The training set of nano's transformer: clips of the world as normalised latents, their prompts as text features."""
 
 import argparse
 from collections import defaultdict
@@ -21,7 +21,7 @@ def scene_of(index):
 
 
 def encode_clips(count, size=8):
-    """Return (video [count,48,13,6,6], audio [count,51,64]) as float16 arrays on disk; goes on where a killed run stopped."""
+    """Return (video [count,48,13,6,6], audio [count,51,64]), float16 on disk; goes on where a killed run stopped."""
     RUNS.mkdir(exist_ok=True)
     done_file = RUNS / "latents_done.txt"
     shapes = {"video": (count, 48, LATENTS, world.SIZE // 16, world.SIZE // 16), "audio": (count, SOUNDS, 64)}
@@ -34,8 +34,10 @@ def encode_clips(count, size=8):
         kept[name] = np.lib.format.open_memmap(path, mode="w+" if fresh else "r+", dtype=np.float16, shape=shape)
     if done >= count:
         return kept["video"], kept["audio"]
-    video_vae, audio_vae = (load(WEIGHTS / f"nano_{name}_vae.safetensors") for load, name in
-                            ((load_video_vae, "video"), (load_audio_vae, "audio")))
+    video_vae, audio_vae = (
+        load(WEIGHTS / f"nano_{name}_vae.safetensors")
+        for load, name in ((load_video_vae, "video"), (load_audio_vae, "audio"))
+    )
     with torch.inference_mode():
         for start in range(done, count, size):
             scenes = [scene_of(i) for i in range(start, min(count, start + size))]
@@ -43,8 +45,10 @@ def encode_clips(count, size=8):
             sound = torch.from_numpy(np.stack([world.render_sound(s, SOUNDS) for s in scenes]))
             with torch.autocast("cpu", torch.bfloat16):
                 video = video_vae.encode(pixels.permute(0, 4, 1, 2, 3))
-            kept["video"][start:start + size] = video.float().numpy()
-            kept["audio"][start:start + size] = audio_vae.encode(sound[:, None].repeat(1, 2, 1)).transpose(1, 2).numpy()
+            kept["video"][start : start + size] = video.float().numpy()
+            kept["audio"][start : start + size] = (
+                audio_vae.encode(sound[:, None].repeat(1, 2, 1)).transpose(1, 2).numpy()
+            )
             done_file.write_text(str(min(count, start + size)))
     return kept["video"], kept["audio"]
 
@@ -80,9 +84,11 @@ def empty_prompt():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=4000)
+    parser.add_argument("--clips", type=int, default=2500)
     video, audio = encode_clips(parser.parse_args().clips)
-    print("video", video.shape, "std", float(np.float32(video[:200]).std()), "audio", float(np.float32(audio[:200]).std()))
+    print(
+        "video", video.shape, "std", float(np.float32(video[:200]).std()), "audio", float(np.float32(audio[:200]).std())
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def masks(frames):
 
 
 def extents(mask):
-    """Return per frame (area, left, right, top, bottom) of a mask, rows and columns with under three pixels not counted."""
+    """Return per frame (area, left, right, top, bottom) of a mask; rows and columns of under 3 pixels are skipped."""
     rows, columns = mask.sum(2) >= 3, mask.sum(1) >= 3
     area = mask.sum((1, 2))
     first = lambda hits: np.where(hits.any(1), hits.argmax(1), 0)  # noqa: E731
@@ -68,7 +68,7 @@ def extents(mask):
 
 
 def find_contacts(bottom, shown):
-    """Return the times at which the thing's lower edge arrives at the floor; `bottom` in pixel rows, `shown` per frame."""
+    """Return the times (seconds) at which the thing's lower edge, in pixel rows, arrives at the floor."""
     down = shown & (bottom >= FLOOR - 3)
     times, start = [], None
     for frame, touching in enumerate(list(down) + [False]):
@@ -76,7 +76,8 @@ def find_contacts(bottom, shown):
             start = frame
         elif not touching and start is not None:
             if start > 0:  # a thing that lies there from the beginning has not arrived
-                times.append((start + (min(frame - start, 3) - 1) / 2) / FPS)
+                touched = frame - start  # up to three frames are one bounce, more is rest: it arrived in the first
+                times.append((start + ((touched - 1) / 2 if touched <= 3 else 0)) / FPS)
             start = None
     return np.array(times)
 
@@ -88,7 +89,7 @@ def find_tones(sound, rate):
     floor = max(0.02, 0.12 * level.max(initial=0))
     times, last = [], -10
     for i, now in enumerate(level):
-        before = level[max(0, i - 6):i].min(initial=now if i else 0)
+        before = level[max(0, i - 6) : i].min(initial=now if i else 0)
         if now > floor and now > 3.2 * before and i - last > 12:
             times.append(i / 100)
             last = i
@@ -103,7 +104,9 @@ def observe(frames, sound, rate):
     shown = area > 150
     count = len(frames)
     samples = rate / FPS
-    loudness = np.array([np.sqrt(np.mean(sound[int(i * samples):int((i + 1) * samples)] ** 2) + 1e-12) for i in range(count)])
+    loudness = np.array(
+        [np.sqrt(np.mean(sound[int(i * samples) : int((i + 1) * samples)] ** 2) + 1e-12) for i in range(count)]
+    )
     if shown.sum() < count / 4:
         nothing = np.zeros(0)
         return Observation(None, None, nearest(ground), nothing, find_tones(sound, rate), np.zeros(count), loudness)
@@ -115,7 +118,7 @@ def observe(frames, sound, rate):
     mouth = np.zeros(count)
     if kind == "face":
         middle = int(np.median((top + bottom)[shown]) / 2)
-        inner = frames[:, middle + 2:FLOOR, int(np.median(left[shown])) + 4:int(np.median(right[shown])) - 4]
+        inner = frames[:, middle + 2 : FLOOR, int(np.median(left[shown])) + 4 : int(np.median(right[shown])) - 4]
         mouth = (inner.max(-1) < 100).sum((1, 2)).astype(float)
     contacts = np.zeros(0) if kind == "face" else find_contacts(bottom, shown)
     return Observation(kind, colour, nearest(ground), contacts, find_tones(sound, rate), mouth, loudness)

@@ -1,4 +1,4 @@
-"""English prompts for a scene of nano's world: free sentences in varied wording, and the model's own structured form."""
+"""English prompts for a scene of nano's world: free sentences in varied wording, and the model's structured form."""
 
 import hashlib
 
@@ -9,20 +9,67 @@ WORDS = {
     "cube": ("cube", "cube", "cube", "box", "block"),
     "face": ("face", "face", "face", "head"),
 }
-GROUNDS = ("on a {} floor", "on a {} ground", "on {}", "in front of a {} wall", "against a {} background", "over a {} floor",
-           "in a {} room", "with a {} background")
+GROUNDS = (
+    "on a {} floor",
+    "on a {} ground",
+    "on {}",
+    "in front of a {} wall",
+    "against a {} background",
+    "over a {} floor",
+    "in a {} room",
+    "with a {} background",
+)
 MOVES = ("bounces", "drops and bounces", "falls and bounces", "hops", "jumps", "is bouncing", "falls down and bounces")
-COUNTS = {None: ("", "", " again and again", " up and down"), 1: (" once", " one time"),
-          2: (" twice", " two times"), 3: (" three times", " 3 times")}
+COUNTS = {
+    None: ("", "", " again and again", " up and down"),
+    1: (" once", " one time"),
+    2: (" twice", " two times"),
+    3: (" three times", " 3 times"),
+}
 SAYS = ("says", "speaks", "is saying", "tells us", "sings", "utters")
-QUOTES = ('{}', '"{}"', "'{}'", '"{}"')
-ADJECTIVES = ("small", "big", "shiny", "lovely", "bright", "plain", "round", "smooth", "cheerful", "calm", "little", "simple",
-              "funny", "old", "new", "glossy", "quiet", "wooden", "painted", "strange")
+QUOTES = ("{}", '"{}"', "'{}'", '"{}"')
+ADJECTIVES = (
+    "small",
+    "big",
+    "shiny",
+    "lovely",
+    "bright",
+    "plain",
+    "round",
+    "smooth",
+    "cheerful",
+    "calm",
+    "little",
+    "simple",
+    "funny",
+    "old",
+    "new",
+    "glossy",
+    "quiet",
+    "wooden",
+    "painted",
+    "strange",
+)
 OPENINGS = ("", "", "", "", "a video of ", "a clip of ", "we see ", "there is ", "animation of ", "a short film with ")
-CLOSINGS = ("", "", "", "", "in bright light", "static camera", "cartoon style", "high quality", "with matching sound",
-            "the camera does not move", "filmed in a studio", "4k")
-SOUNDS = {"ball": ("a low tone at each bounce", "low thuds", "deep tones"),
-          "cube": ("a high tone at each bounce", "high pings", "bright clicks"), "face": ("silence", "a clear voice", "quiet room")}
+CLOSINGS = (
+    "",
+    "",
+    "",
+    "",
+    "in bright light",
+    "static camera",
+    "cartoon style",
+    "high quality",
+    "with matching sound",
+    "the camera does not move",
+    "filmed in a studio",
+    "4k",
+)
+SOUNDS = {
+    "ball": ("a low tone at each bounce", "low thuds", "deep tones"),
+    "cube": ("a high tone at each bounce", "high pings", "bright clicks"),
+    "face": ("silence", "a clear voice", "quiet room"),
+}
 
 
 def article(phrase):

@@ -1,6 +1,6 @@
 """Train nano's transformer by flow matching on the latents of the world: the many-step teacher of the distilled one.
 
-    python as_package.py nano.latents; python as_package.py nano.train_dit
+python as_package.py nano.latents; python as_package.py nano.train_dit
 """
 
 import argparse
@@ -13,9 +13,20 @@ from ..model_loader.dit import DiT
 from .latents import LATENTS, SOUNDS, empty_prompt, encode_clips, encode_prompts
 from .training import train
 
-CONFIG = DiTConfig(num_layers=8, hidden_size=160, head_dim=32, num_query_groups=1, video_in_channels=192,
-                   audio_in_channels=64, text_in_channels=96, expert_layers=(0, 7), gelu7_layers=(0,),
-                   local_attention_layers=(), frame_receptive_field=11, positions="v2")
+CONFIG = DiTConfig(
+    num_layers=8,
+    hidden_size=160,
+    head_dim=32,
+    num_query_groups=1,
+    video_in_channels=192,
+    audio_in_channels=64,
+    text_in_channels=96,
+    expert_layers=(0, 7),
+    gelu7_layers=(0,),
+    local_attention_layers=(),
+    frame_receptive_field=11,
+    positions="v2",
+)
 # what is given besides the prompt -> share of the batches
 MODES = {"text": 0.60, "image": 0.28, "sound": 0.08, "image and sound": 0.04}
 
@@ -66,7 +77,7 @@ EVERYTHING = (slice(None),)
 
 
 def draw_sigmas(rng, count):
-    """Return noise levels [count] in (0,1): the sampler's shifted schedule for half of them, a flatter one for the rest."""
+    """Return noise levels [count] in (0,1): half from the sampler's shifted schedule, half from a flatter one."""
     u = torch.from_numpy(rng.random(count).astype(np.float32)) * 0.998 + 0.001
     shift = torch.where(torch.arange(count) % 2 == 0, 5.0, 1.5)
     return shift * u / (1 + (shift - 1) * u)
@@ -87,7 +98,7 @@ def initialise(dit):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--clips", type=int, default=4000)
+    parser.add_argument("--clips", type=int, default=2500)
     options = parser.parse_args()
     examples = Examples(options.clips)
     torch.manual_seed(0)
@@ -101,7 +112,7 @@ def main():
         x_video, v_video = noised(video, sigma, FIRST_FRAME if image_given else None)
         x_audio, v_audio = noised(audio, sigma, EVERYTHING if sound_given else None)
         got_video, got_audio = dit(x_video, x_audio, text)
-        wrong_video = (got_video - v_video)[:, :, 1 if image_given else 0:].square().mean()
+        wrong_video = (got_video - v_video)[:, :, 1 if image_given else 0 :].square().mean()
         wrong_audio = (got_audio - v_audio).square().mean()
         loss = wrong_video + (0.0 if sound_given else 0.5) * wrong_audio
         return loss, {"video": wrong_video.item(), "audio": wrong_audio.item() if not sound_given else 0.0}

@@ -1,6 +1,6 @@
 """Train nano's text encoder to hold in its last token what a prompt says of the scene; write it with its tokenizer.
 
-    python as_package.py nano.train_text_encoder
+python as_package.py nano.train_text_encoder
 """
 
 import argparse
@@ -18,9 +18,20 @@ from . import world
 from .prompts import corpus
 from .training import WEIGHTS, train
 
-CONFIG = TextEncoderConfig(vocab_size=512, hidden_size=96, intermediate_size=256, num_layers=3, num_heads=4,
-                           num_key_value_heads=2, head_dim=24, query_pre_attn_scalar=24, sliding_window=4096,
-                           attention_softcap=None, rope_theta=10000.0, norm_eps=1e-6)
+CONFIG = TextEncoderConfig(
+    vocab_size=512,
+    hidden_size=96,
+    intermediate_size=256,
+    num_layers=3,
+    num_heads=4,
+    num_key_value_heads=2,
+    head_dim=24,
+    query_pre_attn_scalar=24,
+    sliding_window=4096,
+    attention_softcap=None,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+)
 SPOKEN = 5  # syllables that have an answer of their own
 END = "<eos>"
 
@@ -30,8 +41,12 @@ def train_tokenizer(prompts):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=CONFIG.vocab_size, special_tokens=["<pad>", END], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=["<pad>", END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(prompts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     return tokenizer
@@ -41,8 +56,14 @@ def answers(scene):
     """Return what a reader of the prompt should know: kind, colour, ground, bounces, five syllables (class numbers)."""
     colours = list(world.COLOURS)
     spoken = [1 + world.SYLLABLES.index(s) for s in scene.syllables[:SPOKEN]]
-    return [world.KINDS.index(scene.kind), colours.index(scene.colour), colours.index(scene.background),
-            4 if scene.kind == "face" else scene.bounces or 0, *spoken, *[0] * (SPOKEN - len(spoken))]
+    return [
+        world.KINDS.index(scene.kind),
+        colours.index(scene.colour),
+        colours.index(scene.background),
+        4 if scene.kind == "face" else scene.bounces or 0,
+        *spoken,
+        *[0] * (SPOKEN - len(spoken)),
+    ]
 
 
 CLASSES = (len(world.KINDS), len(world.COLOURS), len(world.COLOURS), 5, *[len(world.SYLLABLES) + 1] * SPOKEN)
@@ -65,7 +86,7 @@ def main():
     pairs = corpus(options.prompts)
     tokenizer = train_tokenizer([prompt for _, prompt in pairs])
     buckets = defaultdict(list)
-    for (scene, prompt), coded in zip(pairs, tokenizer.encode_batch([p for _, p in pairs]), strict=True):
+    for (scene, _), coded in zip(pairs, tokenizer.encode_batch([p for _, p in pairs]), strict=True):
         buckets[len(coded.ids)].append((coded.ids, answers(scene)))
     lengths = sorted(n for n in buckets if len(buckets[n]) >= 64)
     shares = np.array([len(buckets[n]) for n in lengths], float)
@@ -88,14 +109,29 @@ def main():
         losses = [F.cross_entropy(part, target[:, i]) for i, part in enumerate(logits)]
         right = [(part.argmax(1) == target[:, i]).float().mean().item() for i, part in enumerate(logits)]
         # an unsaid ground cannot be known: its share of the loss stays, and does no harm
-        return sum(losses), {"kind": right[0], "colour": right[1], "ground": right[2], "bounces": right[3],
-                             "syllables": sum(right[4:]) / SPOKEN}
+        return sum(losses), {
+            "kind": right[0],
+            "colour": right[1],
+            "ground": right[2],
+            "bounces": right[3],
+            "syllables": sum(right[4:]) / SPOKEN,
+        }
 
     average = train("text_encoder", module, loss_of_step, steps=options.steps, peak_rate=1e-3)
-    print({"tokens": [lengths[0], lengths[-1]], "features_std": average["encoder"](
-        torch.from_numpy(arrays[lengths[0]][0][:64])).std().item()})
-    save_part(WEIGHTS / "nano_text_encoder.safetensors", average["encoder"].to(torch.bfloat16), "text_encoder", CONFIG,
-              "nano", tokenizer=tokenizer.to_str())
+    print(
+        {
+            "tokens": [lengths[0], lengths[-1]],
+            "features_std": average["encoder"](torch.from_numpy(arrays[lengths[0]][0][:64])).std().item(),
+        }
+    )
+    save_part(
+        WEIGHTS / "nano_text_encoder.safetensors",
+        average["encoder"].to(torch.bfloat16),
+        "text_encoder",
+        CONFIG,
+        "nano",
+        tokenizer=tokenizer.to_str(),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loop that all of nano's trainings share: AdamW, warm-up and cosine, EMA, bf16 autocast, saving often, resuming."""
+"""The loop that all of nano's trainings share: AdamW, warm-up and cosine, moving average, saving often, resuming."""
 
 import copy
 import json
@@ -22,19 +22,32 @@ def learning_rate(step, steps, peak, warmup=100, floor=0.02):
 
 
 def save_atomically(state, path):
-    """Write `state` with torch.save beside `path` and rename it into place, so that a killed run leaves no half file."""
+    """Write `state` with torch.save and rename it into place, so that a killed run leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     torch.save(state, part)
     os.replace(part, path)
 
 
-def train(name, module, loss_of_step, *, steps, peak_rate, seed=0, ema=0.999, save_every=200, log_every=50,
-          weight_decay=0.01, clip=1.0, warmup=100):
+def train(
+    name,
+    module,
+    loss_of_step,
+    *,
+    steps,
+    peak_rate,
+    seed=0,
+    ema=0.999,
+    save_every=200,
+    log_every=50,
+    weight_decay=0.01,
+    clip=1.0,
+    warmup=100,
+):
     """Train `module` and return its exponential moving average.
 
     loss_of_step(step) returns (loss, {name: number}) and draws its own data from `step` and the seed alone, so that a
-    resumed run sees what an uninterrupted one would. State lives in nano/runs/<name>.pt, the log in nano/runs/<name>.jsonl.
+    resumed run sees what an uninterrupted one would. State: nano/runs/<name>.pt, log: nano/runs/<name>.jsonl.
     """
     RUNS.mkdir(exist_ok=True)
     state_file, log_file = RUNS / f"{name}.pt", RUNS / f"{name}.jsonl"
@@ -48,7 +61,7 @@ def train(name, module, loss_of_step, *, steps, peak_rate, seed=0, ema=0.999, sa
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["seconds"]
-    began, sums, count = time.time(), {}, 0
+    began, sums = time.time(), {}
     for step in range(first, steps):
         torch.manual_seed(seed * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -62,16 +75,27 @@ def train(name, module, loss_of_step, *, steps, peak_rate, seed=0, ema=0.999, sa
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
         for key, value in {"loss": loss.item(), "norm": norm.item(), **numbers}.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
-        count += 1
+            sums.setdefault(key, []).append(float(value))
         if (step + 1) % log_every == 0 or step + 1 == steps:
             seconds = spent + time.time() - began
-            row = {"step": step + 1, "seconds": round(seconds), **{k: float(f"{v / count:.5g}") for k, v in sums.items()}}
+            row = {
+                "step": step + 1,
+                "seconds": round(seconds),
+                **{k: float(f"{sum(v) / len(v):.5g}") for k, v in sums.items()},
+            }
             with log_file.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            sums, count = {}, 0
+            sums = {}
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_atomically({"module": module.state_dict(), "average": average.state_dict(), "step": step + 1,
-                             "optimizer": optimizer.state_dict(), "seconds": spent + time.time() - began}, state_file)
+            save_atomically(
+                {
+                    "module": module.state_dict(),
+                    "average": average.state_dict(),
+                    "step": step + 1,
+                    "optimizer": optimizer.state_dict(),
+                    "seconds": spent + time.time() - began,
+                },
+                state_file,
+            )
     return average

@@ -15,21 +15,31 @@ HOP = SAMPLE_RATE // FPS
 FLOOR = 80  # pixel row on which things land
 
 COLOURS = {
-    "red": (214, 40, 40), "green": (40, 160, 64), "blue": (36, 72, 216), "yellow": (248, 220, 40),
-    "purple": (136, 44, 176), "orange": (248, 132, 24), "cyan": (56, 204, 224), "white": (242, 242, 242),
+    "red": (214, 40, 40),
+    "green": (40, 160, 64),
+    "blue": (36, 72, 216),
+    "yellow": (248, 220, 40),
+    "purple": (136, 44, 176),
+    "orange": (248, 132, 24),
+    "cyan": (56, 204, 224),
+    "white": (242, 242, 242),
 }  # sRGB, 0-255
 KINDS = ("ball", "cube", "face")
-# vowel -> mouth (half width, half height at full opening, as parts of the head's radius), formants 1 and 2 in Hz, loudness
+# vowel -> mouth (half width, half height when open, as parts of the head's radius), formants 1 and 2 in Hz, loudness
 VOWELS = {
-    "a": ((0.42, 0.40), (800, 1250), 1.0), "e": ((0.46, 0.26), (500, 1900), 0.8), "i": ((0.50, 0.16), (300, 2300), 0.6),
-    "o": ((0.28, 0.34), (480, 850), 0.9), "u": ((0.18, 0.22), (320, 650), 0.7),
+    "a": ((0.42, 0.40), (800, 1250), 1.0),
+    "e": ((0.46, 0.26), (500, 1900), 0.8),
+    "i": ((0.50, 0.16), (300, 2300), 0.6),
+    "o": ((0.28, 0.34), (480, 850), 0.9),
+    "u": ((0.18, 0.22), (320, 650), 0.7),
 }
 SYLLABLES = tuple("m" + vowel for vowel in VOWELS)
 GRAVITY = 520.0  # pixels/s^2
 RESTITUTION = 0.80  # speed kept at a contact
 SYLLABLE_SECONDS = 9 / FPS
-# Hz; all multiples of 25, so that a steady tone repeats in every frame and is the same latent in every frame
-PITCHES = {"ball": (200, 225, 250), "cube": (850, 875, 900), "face": (125, 150, 175)}
+# Hz; multiples of 25, so that a steady tone repeats in every frame and is the same latent in every frame
+PITCHES = {"ball": 225, "cube": 875, "face": 150}
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +59,7 @@ class Scene:
 
 
 def draw_scene(rng, kind=None, colour=None, background=None, bounces="any", syllables=None):
-    """Draw a Scene; what is given is kept, the rest comes from `rng` (numpy Generator). Thing and ground differ in colour."""
+    """Draw a Scene; what is given is kept, the rest comes from `rng` (numpy Generator). The two colours differ."""
     kind = kind or KINDS[rng.integers(3)]
     colours = list(COLOURS)
     colour = colour or rng.choice([c for c in colours if c != background])
@@ -60,14 +70,16 @@ def draw_scene(rng, kind=None, colour=None, background=None, bounces="any", syll
         syllables = tuple(rng.choice(SYLLABLES, size=rng.integers(1, 5)))
     face = kind == "face"
     return Scene(
-        kind=str(kind), colour=str(colour), background=str(background),
+        kind=str(kind),
+        colour=str(colour),
+        background=str(background),
         radius=float(rng.uniform(27, 31) if face else rng.uniform(12, 16)),
         x=float(rng.uniform(42, 54) if face else rng.uniform(26, 70)),
         drop=float(rng.uniform(26, 46)),
         bounces=None if face else bounces,
         syllables=tuple(syllables) if face else (),
         start=float(rng.integers(2, 7) / FPS),
-        pitch=float(rng.choice(PITCHES[kind])),
+        pitch=float(PITCHES[kind]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Give the tests the pack as package `pack`, never as loose folders on sys.path (ComfyUI owns `nodes`, others own `utils`)."""
+"""Give the tests the pack as package `pack`, never as loose folders on sys.path (ComfyUI owns `nodes`)."""
 
 import runpy
 import sys

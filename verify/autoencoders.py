@@ -8,7 +8,8 @@ import torch
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.config import STABLE_AUDIO, WAN22_LATENT_STD, OobleckConfig
 from ..model_loader.core_vae import resample, stdev
-from ..model_loader.detect import describe, turbo_config_from_json
+from ..model_loader.detect import describe
+from ..model_loader.detect_vae import turbo_config_from_json
 from ..model_loader.load import fill
 from ..sampler.audio_windows import encode_in_windows, merge_windows
 
@@ -22,7 +23,9 @@ def check_turbo(case):
     """Yield the checks of the Turbo decoder: windows of every length in fp32, one in bf16, one without windows."""
     config = turbo_config_from_json(case.config["cfg"])
     weights = Checkpoint.of_tensors(case.weights().tensors)
-    decoders = {dtype: fill("turbo_vae", config, weights, "decoder.", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    decoders = {
+        dtype: fill("turbo_vae", config, weights, "decoder.", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
     for name in case.outputs:
         latent, _, what = name.removeprefix("out.").partition(".")
         if what == "decoded":
@@ -91,7 +94,8 @@ def check_audio(case):
         what = name.removeprefix("out.")
         ours = _audio_output(case, vae, what)
         if ours is not None:
-            yield case.check(name, ours, FP32 if what.startswith(("resample", "merged")) else peak_tolerance(case[name]))
+            without_vae = what.startswith(("resample", "merged"))
+            yield case.check(name, ours, FP32 if without_vae else peak_tolerance(case[name]))
 
 
 def _audio_output(case, vae, what):
@@ -117,7 +121,7 @@ def _audio_output(case, vae, what):
 
 
 def check_soundtrack(case):
-    """Yield the checks of a whole soundtrack: written out from its formula, cut, encoded in windows where it is long."""
+    """Yield the checks of a whole soundtrack: written out from its formula, cut, encoded in windows if it is long."""
     rate = STABLE_AUDIO.sample_rate
     waveform = soundtrack(case.config["wave"], case.config["n"], rate)
     if "in.wave_first4096" in case:
@@ -143,8 +147,8 @@ def soundtrack(wave, samples, rate):
 def peak_tolerance(golden):
     """Return 5e-5 of a tensor's peak where that exceeds 1.
 
-    The audio VAE's sines amplify rounding with the signal: the goldens themselves, computed in fp32, lie up to 1e-4 from
-    the same network in float64 (decoded sound with a peak of 9).
+    The audio VAE's sines amplify rounding with the signal: the goldens themselves, computed in fp32, lie up to 1e-4
+    from the same network in float64 (decoded sound with a peak of 9).
     """
     return FP32 * max(1.0, golden.abs().max().item())
 

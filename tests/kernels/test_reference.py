@@ -12,7 +12,9 @@ def x():
 
 def close(found, wanted, dtype=torch.float32):
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    torch.testing.assert_close(
+        found.double(), wanted.double(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5
+    )
 
 
 def test_rms_norm_scales_by_weight_plus_one(x):
@@ -29,7 +31,9 @@ def test_rms_norm_of_bf16_keeps_fp32_inside():
 
 def test_every_span_has_its_weight(x):
     weight = torch.randn(3, 16)
-    wanted = torch.cat([reference.rms_norm(x[:, a:b], weight[e]) for e, (a, b) in enumerate(((0, 4), (4, 5), (5, 7)))], dim=1)
+    wanted = torch.cat(
+        [reference.rms_norm(x[:, a:b], weight[e]) for e, (a, b) in enumerate(((0, 4), (4, 5), (5, 7)))], dim=1
+    )
     assert torch.equal(reference.rms_norm_spans(x, weight, (4, 1, 2)), wanted)
     with pytest.raises(RuntimeError):
         reference.rms_norm_spans(x, weight, (4, 1, 1))
@@ -73,7 +77,10 @@ def test_gate_heads_is_one_scalar_a_head(x):
 def test_renoise_step_ends_clean():
     x, velocity, noise = torch.randn(3, 2, 4)
     close(reference.renoise_step(x, velocity, noise, 0.8, 0.0), x.double() - 0.8 * velocity.double())
-    close(reference.renoise_step(x, velocity, noise, 0.8, 0.5), 0.5 * noise.double() + 0.5 * (x.double() - 0.8 * velocity.double()))
+    close(
+        reference.renoise_step(x, velocity, noise, 0.8, 0.5),
+        0.5 * noise.double() + 0.5 * (x.double() - 0.8 * velocity.double()),
+    )
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu7", "gelu7", "rotate", "gate_heads"])

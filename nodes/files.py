@@ -1,0 +1,82 @@
+"""Which model files the loaders offer, where they are, and the models that are already in memory."""
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import folder_paths
+
+PACK = Path(__file__).parent.parent
+NANO_WEIGHTS = PACK / "nano" / "weights"
+EXAMPLE_IMAGE = PACK / "workflows" / "input" / "happyhorse_nano_face.png"
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One kind of model file: ComfyUI's folder for it and the built-in file."""
+
+    folder: str
+    nano: str
+
+
+MODEL = Part("diffusion_models", "nano_dit.safetensors")
+TEXT_ENCODER = Part("text_encoders", "nano_text_encoder.safetensors")
+VIDEO_VAE = Part("vae", "nano_video_vae.safetensors")
+AUDIO_VAE = Part("vae", "nano_audio_vae.safetensors")
+PARTS = (MODEL, TEXT_ENCODER, VIDEO_VAE, AUDIO_VAE)
+
+_loaded = WeakValueDictionary()  # lives as long as something uses the model, so it never holds memory by itself
+
+
+def add_nano_weights():
+    """Let ComfyUI find the built-in weights where they lie."""
+    for folder in sorted({part.folder for part in PARTS}):
+        folder_paths.add_model_folder_path(folder, str(NANO_WEIGHTS))
+
+
+def add_example_image():
+    """Put the image-to-video template's image where Load Image looks for it, unless there is one of that name."""
+    target = Path(folder_paths.get_input_directory()) / EXAMPLE_IMAGE.name
+    try:
+        if not target.exists():
+            shutil.copyfile(EXAMPLE_IMAGE, target)
+    except OSError as error:
+        logging.warning("The example image %s could not be put into %s: %s", EXAMPLE_IMAGE.name, target.parent, error)
+
+
+def choices(part):
+    """List what a loader offers: single files and sharded folders, without shards and other parts' built-in files."""
+    other_nano = {other.nano for other in PARTS} - {part.nano}
+    files = [n for n in folder_paths.get_filename_list(part.folder) if n not in other_nano and not SHARD.search(n)]
+    return sorted({*files, *_sharded_folders(part.folder)})
+
+
+def find(part, name):
+    """Return the path of what `choices` listed as `name`; ValueError where it is gone."""
+    for folder in map(Path, folder_paths.get_folder_paths(part.folder)):
+        path = folder / name
+        if path.is_file() or (path / INDEX).is_file():
+            return path
+    raise ValueError(f"{name} is not in models/{part.folder} any more. Put it back, or press R to refresh the list.")
+
+
+def read_once(load, path, *options):
+    """Return load(path, *options), the same object as long as an earlier one is in use and the file has not changed."""
+    changed = (path / INDEX if path.is_dir() else path).stat().st_mtime_ns
+    key = (load, path, changed, options)
+    loaded = _loaded.get(key)
+    if loaded is None:
+        loaded = _loaded[key] = load(path, *options)
+    return loaded
+
+
+def _sharded_folders(folder):
+    for root in map(Path, folder_paths.get_folder_paths(folder)):
+        for depth in ("*", "*/*", "*/*/*"):
+            for index in root.glob(f"{depth}/{INDEX}"):
+                yield index.parent.relative_to(root).as_posix()

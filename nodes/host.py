@@ -1,0 +1,172 @@
+"""ComfyUI's MODEL around our network: core's memory management, LoRA, previews, guiders and samplers come with it."""
+
+import math
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.ops
+import comfy.supported_models_base
+import comfy.utils
+import torch
+
+from ..model_loader.load import load_dit
+from ..sampler.conditioning import with_first_image
+from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
+
+FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
+WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
+# Peak activations of a token, in bytes per hidden channel: the gated MLP in bf16 and fp32, the residual, q, k and v.
+ACTIVATION_BYTES = 60
+
+
+class LatentFormat(comfy.latent_formats.Wan22):
+    """Wan2.2's preview colours; values pass unchanged, because our VAEs normalise and latents are packed."""
+
+    @staticmethod
+    def latent_rgb_factors_reshape(video):
+        """Return the middle frame [B,48,1,H,W] for previews: the first one stands still where it is a given image."""
+        middle = video.shape[2] // 2
+        return video[:, :, middle : middle + 1]
+
+    def process_in(self, latent):
+        """Return the latent as it is."""
+        return latent
+
+    def process_out(self, latent):
+        """Return the latent as it is."""
+        return latent
+
+
+class ModelConfig(comfy.supported_models_base.BASE):
+    """What BaseModel asks of a supported model; the network is built by model_loader, not by BaseModel."""
+
+    latent_format = LatentFormat
+    sampling_settings = {"shift": DEFAULT_SHIFT}
+    supported_inference_dtypes = list(WEIGHT_DTYPES)
+
+
+class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The published schedule as a table, so that core's `simple` scheduler with n steps gives `flow_sigmas(n)`."""
+
+    def set_parameters(self, shift=DEFAULT_SHIFT, timesteps=1000, multiplier=1000):
+        """Build the ascending table of `timesteps` noise levels, the last one 0.9998 at the default shift."""
+        self.shift = shift
+        self.multiplier = multiplier
+        self.register_buffer("sigmas", flow_sigmas(timesteps, shift)[:-1].flip(0))
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        """Mix noise and latent at `sigma`; a full run starts from noise alone, though its first sigma is below 1."""
+        return noise if max_denoise else super().noise_scaling(sigma, noise, latent_image)
+
+
+class HappyHorse(comfy.model_base.BaseModel):
+    """Joint video and sound model: latents are NestedTensor((video [B,48,T,H,W], audio [B,64,L])), fp32 all the way."""
+
+    def __init__(self, network, weight_dtype):
+        config = ModelConfig({"disable_unet_model_creation": True, "dtype": weight_dtype})
+        super().__init__(config, comfy.model_base.ModelType.FLOW)
+        self.diffusion_model = network.eval().requires_grad_(False)
+        self.model_sampling = FlowSampling(config)
+        comfy.model_management.archive_model_dtypes(network)
+
+    def get_dtype(self):
+        """Return the dtype of the linears."""
+        return self.model_config.unet_config["dtype"]
+
+    def get_dtype_inference(self):
+        """Return the dtype of latents and text: the residual stream is fp32, the network casts for its linears."""
+        return torch.float32
+
+    def memory_required(self, input_shape, cond_shapes=None):
+        """Return the bytes that activations take for packed latents of `input_shape` [B,1,N]."""
+        tokens = math.prod(input_shape) / self.diffusion_model.config.video_in_channels
+        return tokens * self.diffusion_model.config.hidden_size * ACTIVATION_BYTES
+
+    def extra_conds(self, **kwargs):
+        """Collect what one forward needs; texts keep their length (core's own text condition pads by repetition)."""
+        text, shapes, first_image = kwargs.get("cross_attn"), kwargs.get("latent_shapes"), kwargs.get(FIRST_IMAGE)
+        check_conditions(self.diffusion_model.config, text, shapes, first_image)
+        conds = {"c_crossattn": comfy.conds.CONDRegular(text), "latent_shapes": comfy.conds.CONDConstant(shapes)}
+        if first_image is not None:
+            conds["first_image"] = comfy.conds.CONDRegular(first_image)
+        return conds
+
+    def scale_latent_inpaint(self, latent_image, **kwargs):
+        """Return the clean latent: where a noise mask is 0, the network was trained to see no noise."""
+        return latent_image
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, *args, latent_shapes, first_image=None, **kwargs):
+        """Denoise packed latents x [B,1,N] at noise level t [B]; a first image [B,48,1,H,W] takes frame 0's place."""
+        noisy_video, noisy_audio = comfy.utils.unpack_latents(x.float(), latent_shapes)
+        video = with_first_image(noisy_video, first_image)
+        velocity_video, velocity_audio = self.diffusion_model(video, noisy_audio.transpose(1, 2), c_crossattn.to(video))
+        denoised_video = self.model_sampling.calculate_denoised(t, velocity_video, noisy_video)
+        denoised_audio = self.model_sampling.calculate_denoised(t, velocity_audio.transpose(1, 2), noisy_audio)
+        return comfy.utils.pack_latents([with_first_image(denoised_video, first_image), denoised_audio])[0]
+
+
+def check_conditions(config, text, shapes, first_image):
+    """Raise ValueError, naming what to connect instead, where text or latents do not fit the network."""
+    channels = config.video_in_channels // 4
+    joint = shapes is not None and len(shapes) == 2 and len(shapes[0]) == 5 and len(shapes[1]) == 3
+    if not joint or shapes[0][1] != channels or shapes[1][1] != config.audio_in_channels:
+        raise ValueError(
+            f"The latent has shape {[tuple(s) for s in shapes or ()]}, expected video [B,{channels},T,H,W] and audio "
+            f"[B,{config.audio_in_channels},L]. Take it from 'HappyHorse Empty Latent', or join a video and an audio "
+            "latent with 'Concat AV Latent'."
+        )
+    if text is None or text.shape[-1] != config.text_in_channels:
+        width = "none" if text is None else text.shape[-1]
+        raise ValueError(
+            f"The prompt has {width} features a token, this model reads {config.text_in_channels}. Encode it with the "
+            "model's own text encoder: T5Gemma 9B for the full-size ones, nano_text_encoder for nano."
+        )
+    if first_image is not None and first_image.shape[3:] != shapes[0][3:]:
+        size = " x ".join(str(16 * side) for side in reversed(first_image.shape[3:]))
+        raise ValueError(
+            f"The first image was prepared for {size} pixels, but the latent is "
+            f"{16 * shapes[0][4]} x {16 * shapes[0][3]}. Give 'HappyHorse First Image' the same latent as the sampler."
+        )
+
+
+def load_model(path, weight_dtype, disable_dynamic=False):
+    """Read a DiT file or sharded folder into a MODEL (ModelPatcher); `disable_dynamic` is core's, for weight hooks."""
+    network = load_dit(path, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(
+        HappyHorse(network, weight_dtype),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
+    return patcher
+
+
+def default_weight_dtype():
+    """Return bf16 where the device computes in it, else fp32."""
+    dtype = comfy.model_management.unet_dtype(supported_dtypes=list(WEIGHT_DTYPES))
+    return dtype if dtype in WEIGHT_DTYPES else torch.bfloat16
+
+
+def require_joint_latent(latent):
+    """Return the NestedTensor of a LATENT; ValueError where it holds no sound."""
+    samples = latent["samples"]
+    if not getattr(samples, "is_nested", False):
+        raise ValueError(
+            f"The latent has shape {list(samples.shape)} and no sound, expected a joint one. Take it from 'HappyHorse "
+            "Empty Latent', or join a video and an audio latent with 'Concat AV Latent'."
+        )
+    return samples
+
+
+def require_happyhorse(model):
+    """Return the HappyHorse inside a MODEL; ValueError where it is another model."""
+    if not isinstance(model.model, HappyHorse):
+        raise ValueError(
+            f"The model is {type(model.model).__name__}, expected HappyHorse. Connect the MODEL of 'Load HappyHorse'."
+        )
+    return model.model

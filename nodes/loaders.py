@@ -1,0 +1,207 @@
+"""The loader nodes: model, text encoder and the two VAEs, from ComfyUI's own folders or built in."""
+
+import torch
+from comfy_api.latest import io
+
+from . import files
+from .clip import load_clip
+from .host import default_weight_dtype, load_model
+from .vae import load_audio, load_video
+
+CATEGORY = "HappyHorse/loaders"
+DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _file_input(id, part, what):
+    tooltip = (
+        f"{what} Lists models/{part.folder}: single files, and folders of shards by their name. {part.nano} is the "
+        "built-in tiny one. Keep to one family: nano with nano, full-size with full-size."
+    )
+    options = files.choices(part)
+    default = part.nano if part.nano in options else None
+    return io.Combo.Input(id, options=options, default=default, tooltip=tooltip)
+
+
+def _model_input():
+    return _file_input("model", files.MODEL, "The transformer that makes picture and sound.")
+
+
+def _text_encoder_input():
+    return _file_input("text_encoder", files.TEXT_ENCODER, "Reads the prompt: T5Gemma 9B for the full-size models.")
+
+
+def _video_vae_input():
+    return _file_input(
+        "video_vae", files.VIDEO_VAE, "Turns latents into pictures: TurboVAED (fast) or Wan2.2 (also encodes)."
+    )
+
+
+def _audio_vae_input():
+    return _file_input(
+        "audio_vae", files.AUDIO_VAE, "Turns sound latents into sound: the VAE of stable-audio-open-1.0."
+    )
+
+
+def _dtype_input():
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(DTYPES),
+        default="default",
+        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: bf16 on a GPU that "
+        "computes in it, else fp32. fp32 doubles the memory and is only for comparisons.",
+        advanced=True,
+    )
+
+
+def _device_input():
+    return io.Combo.Input(
+        "text_encoder_device",
+        options=["default", "cpu"],
+        default="default",
+        tooltip="Where the prompt is encoded. default: ComfyUI decides (the GPU, freed before sampling). cpu: saves "
+        "GPU memory, takes seconds to minutes with the full-size encoder.",
+        advanced=True,
+    )
+
+
+def _load_model(model, weight_dtype):
+    return files.read_once(load_model, files.find(files.MODEL, model), DTYPES[weight_dtype] or default_weight_dtype())
+
+
+def _load_clip(text_encoder, device):
+    return files.read_once(load_clip, files.find(files.TEXT_ENCODER, text_encoder), device)
+
+
+def _load_video_vae(name):
+    return files.read_once(load_video, files.find(files.VIDEO_VAE, name))
+
+
+def _load_audio_vae(name):
+    return files.read_once(load_audio, files.find(files.AUDIO_VAE, name))
+
+
+class LoadCheckpoint(io.ComfyNode):
+    """Everything a text-to-video graph needs, from four files."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node."""
+        return io.Schema(
+            node_id="HappyHorseLoadCheckpoint",
+            display_name="Load HappyHorse",
+            category=CATEGORY,
+            description="Loads the model, its text encoder and both VAEs. Starts with the built-in nano model.",
+            search_aliases=["happyhorse", "davinci", "magihuman", "load checkpoint"],
+            inputs=[
+                _model_input(),
+                _text_encoder_input(),
+                _video_vae_input(),
+                _audio_vae_input(),
+                _dtype_input(),
+                _device_input(),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="Connect to HappyHorse Sampler, LoRA loaders or any guider."),
+                io.Clip.Output(tooltip="Connect to HappyHorse Prompt or CLIP Text Encode."),
+                io.Vae.Output(display_name="video VAE", tooltip="Decodes and encodes pictures."),
+                io.Vae.Output(display_name="audio VAE", tooltip="Decodes and encodes sound, at 44100 Hz."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, text_encoder, video_vae, audio_vae, weight_dtype, text_encoder_device):
+        """Read the four files."""
+        return io.NodeOutput(
+            _load_model(model, weight_dtype),
+            _load_clip(text_encoder, text_encoder_device),
+            _load_video_vae(video_vae),
+            _load_audio_vae(audio_vae),
+        )
+
+
+class LoadModel(io.ComfyNode):
+    """The transformer alone."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node."""
+        return io.Schema(
+            node_id="HappyHorseLoadModel",
+            display_name="Load HappyHorse Model",
+            category=CATEGORY,
+            description="Loads the transformer alone, for graphs that mix files.",
+            search_aliases=["happyhorse diffusion model", "unet"],
+            inputs=[_model_input(), _dtype_input()],
+            outputs=[io.Model.Output(tooltip="Connect to HappyHorse Sampler, LoRA loaders or any guider.")],
+        )
+
+    @classmethod
+    def execute(cls, model, weight_dtype):
+        """Read the file."""
+        return io.NodeOutput(_load_model(model, weight_dtype))
+
+
+class LoadTextEncoder(io.ComfyNode):
+    """The text encoder alone."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node."""
+        return io.Schema(
+            node_id="HappyHorseLoadTextEncoder",
+            display_name="Load HappyHorse Text Encoder",
+            category=CATEGORY,
+            description="Loads the text encoder alone, for graphs that mix files.",
+            search_aliases=["happyhorse clip", "t5gemma"],
+            inputs=[_text_encoder_input(), _device_input()],
+            outputs=[io.Clip.Output(tooltip="Connect to HappyHorse Prompt or CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder, text_encoder_device):
+        """Read the file."""
+        return io.NodeOutput(_load_clip(text_encoder, text_encoder_device))
+
+
+class LoadVideoVAE(io.ComfyNode):
+    """The video VAE alone."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node."""
+        return io.Schema(
+            node_id="HappyHorseLoadVideoVAE",
+            display_name="Load HappyHorse Video VAE",
+            category=CATEGORY,
+            description="Loads a video VAE alone: Wan2.2 (encodes and decodes) or TurboVAED (decodes, fast).",
+            search_aliases=["happyhorse vae", "turbo vae", "wan2.2 vae"],
+            inputs=[_video_vae_input()],
+            outputs=[io.Vae.Output(display_name="video VAE", tooltip="Decodes and encodes pictures.")],
+        )
+
+    @classmethod
+    def execute(cls, video_vae):
+        """Read the file."""
+        return io.NodeOutput(_load_video_vae(video_vae))
+
+
+class LoadAudioVAE(io.ComfyNode):
+    """The audio VAE alone."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node."""
+        return io.Schema(
+            node_id="HappyHorseLoadAudioVAE",
+            display_name="Load HappyHorse Audio VAE",
+            category=CATEGORY,
+            description="Loads the audio VAE alone. It takes and gives stereo at 44100 Hz and resamples inside.",
+            search_aliases=["happyhorse audio vae", "oobleck", "stable audio vae"],
+            inputs=[_audio_vae_input()],
+            outputs=[io.Vae.Output(display_name="audio VAE", tooltip="Decodes and encodes sound, at 44100 Hz.")],
+        )
+
+    @classmethod
+    def execute(cls, audio_vae):
+        """Read the file."""
+        return io.NodeOutput(_load_audio_vae(audio_vae))

@@ -1,0 +1,135 @@
+"""ComfyUI's VAE around our autoencoders, so that stock encode, decode and tiled nodes work on them."""
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import torch
+
+from ..model_loader.core_vae import PLAYBACK_RATE, resample
+from ..model_loader.load import load_audio_vae, load_video_vae
+from ..model_loader.turbo_vae import TurboVAE
+from ..sampler.media import first_image
+
+# Values held at once for each pixel of the clip's area, as a multiple of the decoder's width at full resolution: a few
+# buffers of one 4-frame step at half resolution (Wan2.2), of one window of 32 frames (TurboVAED).
+WAN_VALUES_PER_WIDTH = 16
+TURBO_VALUES_PER_WIDTH = 48
+
+
+class HappyHorseVAE(comfy.sd.VAE):
+    """comfy.sd.VAE with a ready network in place of one that it recognises from its tensors."""
+
+    def __init__(self, network, dtype, patcher_class):
+        # Its pass-through VAE sets every default that a stock method may read, in this and later versions.
+        super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=dtype)
+        self.first_stage_model = network
+        comfy.model_management.archive_model_dtypes(network)
+        offload_device = comfy.model_management.vae_offload_device()
+        self.patcher = patcher_class(network, load_device=self.device, offload_device=offload_device)
+        self.size = comfy.model_management.module_size(network)
+
+
+class VideoVAE(HappyHorseVAE):
+    """Pictures [F,H,W,3] in [0,1] <-> normalised latents [1,48,T,H/16,W/16], F = 4T-3."""
+
+    def __init__(self, network, dtype):
+        super().__init__(network, dtype, comfy.model_patcher.CoreModelPatcher)
+        turbo = isinstance(network, TurboVAE)
+        self.disable_offload = False
+        self.latent_dim = 3
+        self.latent_channels = network.config.latent_channels if turbo else network.config.z_dim
+        self.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), 16, 16)
+        self.upscale_index_formula = (4, 16, 16)
+        self.downscale_ratio = (lambda frames: (frames + 3) // 4, 16, 16)
+        self.downscale_index_formula = (4, 16, 16)
+        width = network.config.block_out_channels[-1] if turbo else network.config.dec_dim
+        values = width * (TURBO_VALUES_PER_WIDTH if turbo else WAN_VALUES_PER_WIDTH)
+        self.memory_used_decode = lambda shape, dtype: values * 256 * shape[-2] * shape[-1] * dtype.itemsize
+        self.memory_used_encode = lambda shape, dtype: values * shape[-2] * shape[-1] * dtype.itemsize
+
+    def vae_encode_crop_pixels(self, pixels):
+        """Crop to whole latents: sides to multiples of 16 about the middle, frames [F,H,W,3] to the first 4k+1."""
+        pixels = super().vae_encode_crop_pixels(pixels)
+        frames = (pixels.shape[-4] - 1) // 4 * 4 + 1
+        return pixels.narrow(-4, 0, frames)
+
+    def encode(self, pixel_samples):
+        """Encode IMAGE frames; ValueError with TurboVAED, which has no encoder."""
+        if isinstance(self.first_stage_model, TurboVAE):
+            raise ValueError("TurboVAED only decodes. To encode, load a Wan2.2 VAE with 'Load HappyHorse Video VAE'.")
+        return super().encode(pixel_samples)
+
+    def encode_first_image(self, image, height, width):
+        """Crop and resize an IMAGE [H,W,3] in [0,1] to `height` x `width` -> its latent [1,48,1,height/16,width/16]."""
+        pixels = first_image(image[..., :3], height, width)
+        return self.encode(pixels[0].movedim(0, -1) * 0.5 + 0.5)
+
+
+class PlaybackAudio(torch.nn.Module):
+    """The audio network at the rate that sound has everywhere else in ComfyUI, 44100 Hz."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def encode(self, waveform):
+        """Encode stereo [B,2,n] at 44100 Hz -> latent [B,64,n // 1764]."""
+        hop = self.network.hop * PLAYBACK_RATE // self.network.config.sample_rate
+        latents = waveform.shape[-1] // hop
+        return self.network.encode(resample(waveform[..., : latents * hop], latents * self.network.hop))
+
+    def decode(self, latent):
+        """Decode [B,64,L] -> stereo [B,2,1764 L] at 44100 Hz."""
+        return self.network.decode_for_playback(latent)
+
+
+class AudioVAE(HappyHorseVAE):
+    """Stereo [B,n,2] at 44100 Hz <-> latents [B,64,L], 25 a second."""
+
+    def __init__(self, network):
+        # Weight-normed convolutions compute their weights, which streaming cannot follow: loaded whole, as core does.
+        super().__init__(PlaybackAudio(network), torch.float32, comfy.model_patcher.ModelPatcher)
+        hop = network.hop * PLAYBACK_RATE // network.config.sample_rate
+        values = 8 * network.config.channels
+        self.latent_dim = 1
+        self.latent_channels = network.config.latent_dim
+        self.output_channels = 2
+        self.pad_channel_value = "replicate"  # mono sounds from both sides
+        self.crop_input = False  # the end is cut, not both ends: the start must stay where it is
+        self.upscale_ratio = self.downscale_ratio = hop
+        self.audio_sample_rate = PLAYBACK_RATE
+        self.process_input = self.process_output = lambda waveform: waveform
+        self.memory_used_decode = lambda shape, dtype: values * shape[-1] * hop * dtype.itemsize
+        self.memory_used_encode = lambda shape, dtype: values * shape[-1] * dtype.itemsize
+
+
+def load_video(path):
+    """Read a video VAE file into a VAE: bf16 where the device computes in it, as published, else fp32."""
+    dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), [torch.bfloat16, torch.float32])
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    return VideoVAE(load_video_vae(path, dtype=dtype, operations=comfy.ops.disable_weight_init), dtype)
+
+
+def load_audio(path):
+    """Read an audio VAE file into a VAE, fp32."""
+    return AudioVAE(load_audio_vae(path))
+
+
+def require_video_vae(vae):
+    """Return the VAE; ValueError where it is not our video VAE."""
+    if not isinstance(vae, VideoVAE):
+        raise ValueError(f"The video VAE input holds {_kind(vae)}. Connect the video VAE of 'Load HappyHorse'.")
+    return vae
+
+
+def require_audio_vae(vae):
+    """Return the VAE; ValueError where it is not our audio VAE."""
+    if not isinstance(vae, AudioVAE):
+        raise ValueError(f"The audio VAE input holds {_kind(vae)}. Connect the audio VAE of 'Load HappyHorse'.")
+    return vae
+
+
+def _kind(vae):
+    kinds = {VideoVAE: "a HappyHorse video VAE", AudioVAE: "a HappyHorse audio VAE", type(None): "nothing"}
+    return kinds.get(type(vae), "another model's VAE, whose latents have another scale")

@@ -1,0 +1,66 @@
+"""One real ComfyUI server for all tests here, with this pack as its only custom node and a data folder of its own."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import websocket
+from pack.launch.client import Client
+from pack.launch.server import Server
+
+ROOT = Path(__file__).parents[2]
+PREVIEW_IMAGE = 1  # type of a binary message of ComfyUI's that carries a picture
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The server; previews are on, because its page turns them on as well."""
+    comfyui = os.environ.get("COMFYUI_PATH") or pytest.skip("COMFYUI_PATH is not set; run.py test sets it")
+    with Server(comfyui, tmp_path_factory.mktemp("output"), ["--preview-method", "latent2rgb"]) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    """A client of its own for each test."""
+    return Client(server.url, server.check_alive)
+
+
+@pytest.fixture
+def graph():
+    """Function that reads workflows/api/<name>.json."""
+    return lambda name: json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def watch(server, client):
+    """Function that runs a graph and tells all that the page would hear: outputs, cached nodes, steps, previews."""
+
+    def run(graph):
+        address = f"{server.url.replace('http', 'ws')}/ws?clientId={client.client_id}"
+        page = websocket.create_connection(address, timeout=120)
+        heard = SimpleNamespace(steps=[], previews=[], cached=[])
+        try:
+            prompt_id = client.queue(graph)
+            while True:
+                message = page.recv()
+                if isinstance(message, bytes):
+                    heard.previews += [message[8:]] if int.from_bytes(message[:4], "big") == PREVIEW_IMAGE else []
+                    continue
+                event = json.loads(message)
+                about = event["data"]
+                assert event["type"] not in ("execution_error", "execution_interrupted"), about.get("exception_message")
+                if event["type"] == "progress":
+                    heard.steps.append((about["value"], about["max"]))
+                elif event["type"] == "execution_cached":
+                    heard.cached += about["nodes"]
+                elif event["type"] == "execution_success":
+                    break
+        finally:
+            page.close()
+        heard.outputs = client.outputs(prompt_id)
+        return heard
+
+    return run

@@ -1,0 +1,152 @@
+"""run.py never takes a half-made .venv for a whole one, and never deletes one that it did not make."""
+
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from pack.launch import ROOT, LaunchError, environment
+from pack.launch.environment import Plan, create, install, python_of, site_packages, stamp_file, why_not_ready
+
+WANTED = Plan(("tiny-thing==1.0", "never-here==1; sys_platform == 'none'"), (), free_gb=0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An environment as `create` leaves it: real, empty and unfinished."""
+    venv = tmp_path_factory.mktemp("made") / ".venv"
+    venv.mkdir()
+    stamp_file(venv).write_text("the stamp of an older set of requirements")
+    (venv / "left over").write_text("")
+    create(venv)
+    return venv
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """A folder that is all the package index pip knows."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null" if sys.platform != "win32" else "nul")
+    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
+    return folder
+
+
+def write_wheel(folder):
+    """Write the wheel of a package `tiny-thing` without contents."""
+    info = "tiny_thing-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tiny_thing-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_create_replaces_what_is_there_and_leaves_it_unfinished(made):
+    assert python_of(made).exists()
+    assert not (made / "left over").exists()
+    assert not made.with_name(".venv.part").exists()
+    assert why_not_ready(WANTED, made) == "an earlier run did not finish it"
+
+
+def test_debian_without_venv_is_told_which_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ensurepip", None)  # what `import ensurepip` meets on a bare Debian
+    with pytest.raises(LaunchError, match=r"apt install python3\.\d+-venv"):
+        create(tmp_path / ".venv")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_failed_install_leaves_it_unfinished_and_says_what_to_do(made, wheels):
+    with pytest.raises(LaunchError, match="tiny-thing") as caught:
+        install(WANTED, made)
+    assert "Check the network" in str(caught.value)
+    assert why_not_ready(WANTED, made) == "an earlier run did not finish it"
+
+
+def test_installed_environment_is_ready_until_something_changes(made, wheels):
+    write_wheel(wheels)
+    install(WANTED, made)
+    assert why_not_ready(WANTED, made) is None
+    newer = Plan(("tiny-thing==1.1",), (), free_gb=0)
+    assert why_not_ready(newer, made) == "the Python or the requirements have changed"
+    alone = Plan(WANTED.packages[1:], WANTED.packages[:1], free_gb=0)
+    assert why_not_ready(alone, made) == "the Python or the requirements have changed"
+    subprocess.run([python_of(made), "-m", "pip", "uninstall", "-qqy", "tiny-thing"], check=True)
+    assert why_not_ready(WANTED, made) == "tiny-thing was removed from it"
+
+
+def test_environment_of_somebody_else_is_refused(tmp_path):
+    venv = tmp_path / ".venv"
+    assert why_not_ready(WANTED, venv) == "it does not exist yet"
+    site_packages(venv).mkdir(parents=True)
+    with pytest.raises(LaunchError, match="not made by run.py"):
+        why_not_ready(WANTED, venv)
+    assert site_packages(venv).is_dir()
+
+
+def test_stamp_holds_the_python_version(monkeypatch):
+    here = WANTED.stamp
+    monkeypatch.setattr(environment.sys, "version_info", (3, 99, 0))
+    assert WANTED.stamp != here
+
+
+def test_full_disk_is_reported_before_anything_is_downloaded(made):
+    with pytest.raises(LaunchError, match="1000000000 GB are needed"):
+        install(Plan((), (), free_gb=10**9), made)
+
+
+def test_other_comfyui_brings_its_own_requirements(tmp_path):
+    (tmp_path / "requirements.txt").write_text(
+        "comfyui-frontend-package==9.9\ncomfyui-workflow-templates==9.9\ntorch\ntorchvision\ntorchaudio\nspandrel\n"
+        "# a comment\n\nav>=17.0.0 # why\nSQLAlchemy>=2.0.0\n"
+    )
+    packages = environment.plan(tmp_path, "9.9.0").packages
+    assert {"comfyui-frontend-package==9.9", "av>=17.0.0", "SQLAlchemy>=2.0.0"} <= set(packages)
+    assert not {"torch", "torchvision", "torchaudio", "spandrel", "comfyui-workflow-templates==9.9"} & set(packages)
+    assert any(line.startswith("pytest==") for line in packages)
+
+
+def test_tested_comfyui_gets_the_pins(tmp_path):
+    if sys.version_info < (3, 11):
+        pytest.skip("the pins are for Python 3.11 and newer")
+    packages = environment.plan(tmp_path, "0.30.0").packages  # its requirements.txt is not even read
+    assert all("==" in line for line in packages)
+
+
+@pytest.mark.parametrize(
+    "machine, torchvision",
+    [(("linux", (3, 11)), "0.16.2"), (("linux", (3, 12)), "0.28.0"), (("darwin", (3, 11)), "0.28.0")],
+)
+def test_cpu_machines_ask_for_exactly_the_cpu_build(machine, torchvision):
+    packages, alone = environment.torch_requirements(False, *machine)
+    assert packages[0] == "torch==2.13.0"
+    assert f"torchvision=={torchvision}" in alone, "with its own requirements it would replace torch"
+
+
+def test_gpu_machines_get_one_release():
+    packages, alone = environment.torch_requirements(True, "linux", (3, 11))
+    assert {line.split("==")[0] for line in packages} == environment.TORCH_FAMILY
+    assert not alone
+
+
+def test_lock_waits_for_its_holder_and_survives_its_death(tmp_path):
+    lock = tmp_path / "inside" / "lock"
+    hold = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nfrom launch.environment import setup_lock\n"
+        f"with setup_lock(Path({str(lock)!r})): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        waiter = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+        assert "waiting" in waiter.stdout.readline()
+        time.sleep(0.7)
+        assert waiter.poll() is None
+        holder.kill()
+        assert waiter.stdout.readline() == "held\n"
+    finally:
+        for process in (holder, waiter):
+            process.kill()
+            process.wait()

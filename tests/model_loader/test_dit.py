@@ -1,0 +1,107 @@
+"""The transformer as a whole: batches, experts, dtypes, gradients, refusals. Exactness is test_golden's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pack.model_loader.attention import grouped_attention
+from pack.model_loader.dit import DiT
+
+
+@pytest.mark.parametrize("network", ["dit", "sr_dit"])
+@torch.no_grad()
+def test_a_batch_equals_its_clips_one_by_one(network, clip, request):
+    network = request.getfixturevalue(network)
+    together = network(*clip)
+    for i in range(2):
+        alone = network(*(stream[i : i + 1] for stream in clip))
+        for joint, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(joint[i : i + 1], single, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_velocities_have_the_latents_shapes_and_are_fp32(dit, clip):
+    v_video, v_audio = dit(*clip)
+    assert v_video.shape == clip[0].shape and v_audio.shape == clip[1].shape
+    assert v_video.dtype == v_audio.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_bf16_keeps_its_fp32_islands_and_stays_near_fp32(dit, clip):
+    half = DiT(dit.config, dtype=torch.bfloat16)
+    half.load_state_dict(dit.state_dict())
+    wide = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
+    assert wide == {n for n, _ in half.named_parameters() if n.startswith(("adapter.", "final_")) or "norm" in n}
+    v_video, v_audio = half(*clip)
+    assert v_video.dtype == torch.float32
+    wanted, _ = dit(*clip)
+    assert 0 < (v_video - wanted).norm() / wanted.norm() < 2e-2
+
+
+def test_every_weight_gets_a_gradient(dit, clip):
+    v_video, v_audio = dit(*clip)
+    (v_video.square().mean() + v_audio.square().mean()).backward()
+    still = {name for name, parameter in dit.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    # Text rows of the last layer reach no output.
+    assert still == {
+        f"block.layers.3.{n}.text.weight" for n in ("attention.linear_proj", "mlp.up_gate_proj", "mlp.down_proj")
+    }
+
+
+@torch.no_grad()
+def test_each_modality_has_its_expert(dit, clip):
+    before = dit(*clip)
+    dit.block.layers[3].mlp.down_proj.audio.weight.zero_()
+    after = dit(*clip)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+@torch.no_grad()
+def test_local_layers_are_the_ones_the_configuration_names(sr_dit, clip):
+    everywhere = DiT(replace(sr_dit.config, frame_receptive_field=4))
+    everywhere.load_state_dict(sr_dit.state_dict())
+    nowhere = DiT(replace(sr_dit.config, local_attention_layers=()))
+    nowhere.load_state_dict(sr_dit.state_dict())
+    torch.testing.assert_close(everywhere(*clip)[0], nowhere(*clip)[0])
+    assert (sr_dit(*clip)[0] - nowhere(*clip)[0]).abs().max() > 1e-2
+    assert [layer.attention.radius for layer in sr_dit.block.layers] == [1, 1, 1, None]
+
+
+@torch.no_grad()
+def test_an_attention_of_the_callers_choice_is_used_in_every_layer(dit, clip):
+    calls = []
+
+    def attention(q, k, v):
+        calls.append((q.shape[1], k.shape[1]))
+        return grouped_attention(q, k, v)
+
+    found, wanted = dit(*clip, attention=attention), dit(*clip)
+    assert calls == [(4, 2)] * 4
+    assert torch.equal(found[0], wanted[0])
+
+
+def test_inputs_of_another_model_are_refused(dit, clip):
+    video, audio, text = clip
+    with pytest.raises(ValueError, match=r"video latent of shape \[2, 16, .*48 channels"):
+        dit(video[:, :16], audio, text)
+    with pytest.raises(ValueError, match=r"audio latent of shape \[2, 64, 17\].*64 channels"):
+        dit(video, audio.transpose(1, 2), text)
+    with pytest.raises(ValueError, match=r"text features of shape \[6, 24\]"):
+        dit(video, audio, text[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 60}, "must be heads x head_dim"),
+        ({"num_query_groups": 3}, "multiple of num_query_groups"),
+        ({"head_dim": 4, "hidden_size": 64}, "multiple of 8"),
+        ({"video_in_channels": 50}, "4 x latent channels"),
+        ({"positions": "v3"}, "positions must be"),
+        ({"expert_layers": (4,)}, "expert_layers names layer 4"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(dit, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(dit.config, **change)

@@ -1,0 +1,98 @@
+"""The autoencoders: shapes, windows, normalisation, resampling, refusals. Exactness is test_golden's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pack.model_loader.core_vae import VideoVAE, resample
+from pack.model_loader.turbo_vae import TurboVAE
+
+
+@torch.no_grad()
+def test_wan_shapes_and_range(wan):
+    latent = wan.encode(torch.rand(2, 3, 5, 32, 48) * 2 - 1)
+    assert latent.shape == (2, 48, 2, 2, 3) and latent.dtype == torch.float32
+    pixels = wan.decode(latent * 100)
+    assert pixels.shape == (2, 3, 5, 32, 48) and pixels.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_wan_normalises_by_its_own_statistics(wan):
+    pixels = torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    other = VideoVAE(replace(wan.config, latent_mean=(0.5,) * 48, latent_std=(2.0,) * 48))
+    other.load_state_dict(wan.state_dict())
+    torch.testing.assert_close(other.encode(pixels), (wan.encode_raw(pixels) - 0.5) / 2)
+    torch.testing.assert_close(other.decode(other.encode(pixels)), wan.decode(wan.encode(pixels)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 32, 32), (1, 3, 5, 40, 32), (1, 3, 5, 32, 40)])
+def test_wan_refuses_sizes_it_would_cut(wan, shape):
+    with pytest.raises(ValueError, match=r"expected 4k\+1 frames and sides that are multiples of 16"):
+        wan.encode(torch.zeros(shape))
+
+
+def test_vaes_train(wan, oobleck):
+    wan.decode_raw(wan.encode(torch.rand(1, 3, 5, 32, 32))).square().mean().backward()
+    oobleck.decode(oobleck.encode(torch.randn(1, 2, 4096))).square().mean().backward()
+    for vae in (wan, oobleck):
+        assert all(parameter.grad is not None for parameter in vae.parameters())
+
+
+@torch.no_grad()
+def test_audio_shapes_and_noise(oobleck):
+    waveform = torch.randn(2, 2, 3 * 2048)
+    mean, scale = oobleck.encode_raw(waveform)
+    assert oobleck.hop == 2048 and mean.shape == (2, 64, 3)
+    assert torch.equal(oobleck.encode(waveform), mean)
+    noise = torch.randn_like(mean)
+    torch.testing.assert_close(oobleck.encode(waveform, noise), mean + noise * (torch.log1p(scale.exp()) + 1e-4))
+    assert oobleck.decode(mean).shape == (2, 2, 3 * 2048)
+    assert oobleck.decode_for_playback(mean).shape == (2, 2, 3 * 2048 * 441 // 512)
+
+
+@pytest.mark.parametrize(("samples", "to"), [(512, 441), (5000, 4306), (441, 512), (101, 50), (50, 101), (64, 64)])
+def test_resampling_keeps_a_tone_that_both_rates_can_hold(samples, to):
+    def tone(n):
+        return torch.sin(2 * torch.pi * 7 * torch.arange(n, dtype=torch.float64) / n + 0.4).float()
+
+    torch.testing.assert_close(resample(tone(samples)[None], to), tone(to)[None], rtol=0, atol=2e-6)
+
+
+def test_resampling_halves_the_bin_at_half_the_lower_rate():
+    fast = torch.cos(torch.pi * torch.arange(8) / 2)
+    slow = torch.tensor([1.0, -1.0, 1.0, -1.0])  # as scipy.signal.resample(fast, 4) gives it
+    torch.testing.assert_close(resample(fast, 4), slow, rtol=0, atol=1e-6)
+    torch.testing.assert_close(resample(slow, 8), fast, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 6, 9])
+@torch.no_grad()
+def test_turbo_gives_four_frames_a_latent_less_three(turbo, frames):
+    latent = torch.randn(1, 48, frames, 2, 3)
+    pixels = turbo.decode(latent)
+    assert pixels.shape == (1, 3, 4 * frames - 3, 32, 48)
+    if frames <= turbo.config.first_chunk_size:
+        padded = torch.cat([latent, latent[:, :, -1:].expand(-1, -1, 2 - frames, -1, -1)], dim=2)
+        whole = turbo.decode_window(turbo.denormalise(padded), first=True)
+        assert torch.equal(pixels, whole[:, :, : 4 * frames - 3])
+
+
+@torch.no_grad()
+def test_turbo_windows_never_exceed_a_step_and_its_margins(turbo):
+    lengths = []
+    turbo.conv_in.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
+    turbo.decode(torch.randn(1, 48, 9, 2, 2))  # first 2, step 3: padded to 11
+    assert lengths == [3, 5, 5, 4]
+
+
+@torch.no_grad()
+def test_turbo_options_without_goldens_have_their_published_names_and_shapes(turbo):
+    separable = replace(turbo.config, depthwise=(True,) * 5, unpatchify=False)
+    decoder = TurboVAE(separable)
+    names = dict(decoder.named_parameters())
+    assert names["mid_block.resnets.0.conv1.depthwise_conv.weight"].shape == (16, 1, 5, 5, 5)
+    assert names["up_blocks.1.conv_in.conv_shortcut.depthwise_conv.weight"].shape == (16, 1, 1, 1, 1)
+    assert names["up_blocks.1.conv_in.conv_shortcut.pointwise_conv.weight"].shape == (12, 16, 1, 1, 1)
+    assert names["upsampler2d_1.conv.weight"].shape == (8, 8, 3, 3)
+    assert names["conv_out.conv.weight"].shape == (3, 2, 3, 3, 3)
+    assert decoder.decode(torch.randn(1, 48, 3, 2, 2)).shape == (1, 3, 9, 32, 32)

@@ -1,0 +1,63 @@
+"""The world: what is rendered is what the scene says, and the measures read it back."""
+
+import numpy as np
+import pytest
+from pack.nano import measure, world
+
+
+def scenes(count, **given):
+    rng = np.random.default_rng(7)
+    return [world.draw_scene(rng, **given) for _ in range(count)]
+
+
+def observe(scene, frames=49):
+    pixels = (world.render_frames(scene, frames) * 255 + 0.5).astype(np.uint8)
+    return measure.observe(pixels, world.render_sound(scene, frames), world.SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_measures_read_back_what_a_scene_says(kind):
+    for scene in scenes(6, kind=kind):
+        seen = observe(scene)
+        assert (seen.kind, seen.colour, seen.background) == (scene.kind, scene.colour, scene.background)
+
+
+@pytest.mark.parametrize("kind", ["ball", "cube"])
+def test_contacts_are_seen_and_heard_when_they_happen(kind):
+    for scene in scenes(6, kind=kind, bounces=2):
+        truth, seen = world.contacts(scene, 49 / world.FPS), observe(scene)
+        assert len(truth) == len(seen.contacts) == len(seen.tones) == 2
+        np.testing.assert_allclose(seen.contacts, truth, atol=0.04)
+        np.testing.assert_allclose(seen.tones, truth, atol=0.04)
+
+
+def test_mouth_follows_the_sound():
+    values = [measure.pearson(seen.mouth, seen.loudness) for seen in map(observe, scenes(8, kind="face"))]
+    assert np.mean(values) > 0.8 and min(values) > 0.6
+
+
+def test_a_silent_or_shifted_soundtrack_is_noticed():
+    scene = scenes(1, kind="ball", bounces=2)[0]
+    pixels = (world.render_frames(scene, 49) * 255).astype(np.uint8)
+    sound = world.render_sound(scene, 49)
+    late = np.roll(sound, round(0.2 * world.SAMPLE_RATE))
+    for wrong in (np.zeros_like(sound), late):
+        seen = measure.observe(pixels, wrong, world.SAMPLE_RATE)
+        assert measure.matched(seen.contacts, seen.tones) == 0
+
+
+def test_an_empty_picture_shows_nothing():
+    grey = np.full((10, world.SIZE, world.SIZE, 3), 128, np.uint8)
+    seen = measure.observe(grey, np.zeros(10 * world.HOP, np.float32), world.SAMPLE_RATE)
+    assert seen.kind is None and seen.colour is None and not len(seen.contacts)
+
+
+def test_pitches_repeat_in_every_frame():
+    assert all(pitch % world.FPS == 0 for pitch in world.PITCHES.values())
+
+
+def test_what_is_given_is_kept_and_colours_differ():
+    for scene in scenes(40, background="red"):
+        assert scene.background == "red" and scene.colour != "red"
+    face = scenes(1, kind="face", syllables=("ma", "mo"))[0]
+    assert face.syllables == ("ma", "mo") and face.bounces is None

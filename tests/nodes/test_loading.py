@@ -1,0 +1,131 @@
+"""Model files: what the loaders list, that a model is read once, its dtype, LoRA and streaming; and wrong files."""
+
+import json
+
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from pack.model_loader.checkpoint import CheckpointError
+from pack.nodes import files
+from pack.nodes.loaders import LoadAudioVAE, LoadModel, LoadTextEncoder, LoadVideoVAE
+from pack.nodes.sampling import Sampler
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def folder_of_shards(weights):
+    """The tiny DiT as upstream ships it: a folder of two shards and their index; removed afterwards."""
+    tensors = load_file(weights / files.MODEL.nano)
+    with open(weights / files.MODEL.nano, "rb") as file:
+        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    folder = weights / "daVinci" / "distill"
+    folder.mkdir(parents=True)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / shard, metadata)
+    index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (folder / files.INDEX).write_text(json.dumps(index))
+    yield "daVinci/distill"
+    for path in (*folder.iterdir(), folder, folder.parent):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_each_loader_lists_its_own_nano_file_only(model_folders):
+    for part in files.PARTS:
+        assert files.choices(part) == [part.nano]
+
+
+def test_the_pack_adds_its_folder_to_comfyuis(model_folders, monkeypatch):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    files.add_nano_weights()
+    for part in files.PARTS:
+        assert folder_paths.get_folder_paths(part.folder) == [str(files.NANO_WEIGHTS)]
+
+
+def test_sharded_folders_are_listed_without_their_shards_and_load(loaded, folder_of_shards):
+    assert files.choices(files.MODEL) == [folder_of_shards, files.MODEL.nano]
+    sharded = LoadModel.execute(folder_of_shards, "fp32").args[0].model.diffusion_model.state_dict()
+    single = loaded[0].model.diffusion_model.state_dict()
+    assert sharded.keys() == single.keys() and all(torch.equal(sharded[name], single[name]) for name in single)
+
+
+def test_a_file_is_read_once_for_all_loaders(loaded, weights):
+    assert LoadModel.execute(files.MODEL.nano, "fp32").args[0] is loaded[0]
+    assert LoadTextEncoder.execute(files.TEXT_ENCODER.nano, "default").args[0] is loaded[1]
+    assert LoadVideoVAE.execute(files.VIDEO_VAE.nano).args[0] is loaded[2]
+    assert LoadAudioVAE.execute(files.AUDIO_VAE.nano).args[0] is loaded[3]
+
+
+def test_a_changed_file_is_read_again_and_unused_models_are_let_go(tmp_path):
+    reads = []
+
+    class Model:
+        pass
+
+    def load(path, option):
+        reads.append(option)
+        return Model()
+
+    path = tmp_path / "model"
+    path.write_text("1")
+    first = files.read_once(load, path, "a")
+    assert files.read_once(load, path, "a") is first and reads == ["a"]
+    files.read_once(load, path, "b")
+    files.read_once(load, path, "b")  # nobody kept the last one
+    assert reads == ["a", "b", "b"]
+    path.touch()
+    assert files.read_once(load, path, "a") is not first
+
+
+def test_weight_dtype_is_the_linears_only(loaded, prompt, latent):
+    model = LoadModel.execute(files.MODEL.nano, "bf16").args[0]
+    dtypes = {name: weight.dtype for name, weight in model.model.diffusion_model.named_parameters()}
+    assert dtypes["block.layers.1.attention.linear_qkv.weight"] == torch.bfloat16
+    assert dtypes["adapter.video_embedder.weight"] == dtypes["final_linear_audio.weight"] == torch.float32
+    assert model.model.get_dtype_inference() == torch.float32
+    exact = Sampler.execute(loaded[0], prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
+    rounded = Sampler.execute(model, prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
+    for a, b in zip(exact, rounded, strict=True):
+        assert 0 < (a - b).square().mean().sqrt() < 0.05 * a.square().mean().sqrt()
+
+
+def test_default_dtype_without_a_gpu_is_fp32(loaded):
+    assert LoadModel.execute(files.MODEL.nano, "default").args[0] is loaded[0]
+
+
+def test_stock_lora_loader_reaches_every_expert(loaded, prompt, latent):
+    generator = torch.Generator().manual_seed(3)
+    lora = {}
+    for layer in ("block.layers.1.attention.linear_qkv", "block.layers.0.mlp.up_gate_proj.audio"):
+        weight = loaded[0].model.diffusion_model.get_submodule(layer).weight
+        for name, shape in (("lora_A", (4, weight.shape[1])), ("lora_B", (weight.shape[0], 4))):
+            lora[f"diffusion_model.{layer}.{name}.weight"] = torch.randn(shape, generator=generator) * 0.2
+    patched, _ = comfy.sd.load_lora_for_models(loaded[0], None, lora, 1.0, 0.0)
+    assert len(patched.patches) == 2
+    before = Sampler.execute(loaded[0], prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
+    changed = Sampler.execute(patched, prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
+    after = Sampler.execute(loaded[0], prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
+    for x, y, z in zip(before, changed, after, strict=True):
+        assert not torch.allclose(x, y, atol=1e-3) and torch.equal(x, z)
+
+
+def test_weights_streamed_one_by_one_give_the_same(loaded, prompt, latent):
+    """What core does where the model does not fit: every linear fetches its weight when it is called."""
+    video, audio = (torch.randn(x.shape) for x in latent["samples"].unbind())
+    network, patcher = loaded[0].model.diffusion_model, loaded[0].clone()
+    whole = network(video, audio.transpose(1, 2), prompt[0][0])
+    patcher.load(torch.device("cpu"), lowvram_model_memory=1)
+    linears = [layer for layer in network.modules() if hasattr(layer, "comfy_cast_weights")]
+    assert linears and all(layer.comfy_cast_weights for layer in linears)
+    streamed = network(video, audio.transpose(1, 2), prompt[0][0])
+    patcher.detach()
+    assert torch.equal(whole[0], streamed[0]) and torch.equal(whole[1], streamed[1])
+
+
+def test_a_file_of_another_part_is_refused(weights):
+    with pytest.raises(CheckpointError, match="nano_video_vae.safetensors: holds a video_vae .* expected a dit"):
+        LoadModel.execute(files.VIDEO_VAE.nano, "fp32")
+    with pytest.raises(ValueError, match="gone.safetensors is not in models/vae any more"):
+        LoadVideoVAE.execute("gone.safetensors")

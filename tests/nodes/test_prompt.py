@@ -1,0 +1,55 @@
+"""Prompts: ours and stock CLIP Text Encode agree, true lengths, literal text, the limit."""
+
+import logging
+
+import pytest
+import torch
+from pack.nodes import files
+from pack.nodes.clip import MAX_TEXT_TOKENS
+from pack.nodes.loaders import LoadTextEncoder
+from pack.nodes.prompt import EncodePrompt
+
+import nodes as stock
+
+
+def encode(loaded, text):
+    return EncodePrompt.execute(loaded[1], text).args[0][0][0]
+
+
+def test_stock_clip_text_encode_gives_the_same(loaded, prompt):
+    theirs = stock.CLIPTextEncode().encode(loaded[1], "a red ball bounces")[0]
+    assert torch.equal(prompt[0][0], theirs[0][0])
+    assert prompt[0][1].keys() == theirs[0][1].keys()
+
+
+def test_length_is_the_prompts_own(loaded):
+    assert encode(loaded, "a ball").shape == (1, 7, 48)  # <bos> and six letters
+    assert encode(loaded, "").shape == (1, 1, 48)
+    assert encode(loaded, "a ball").dtype == torch.float32
+
+
+def test_brackets_are_text_not_weights(loaded):
+    assert encode(loaded, "(ball:1.2)").shape[1] == 11
+    assert not torch.equal(encode(loaded, "(ball)")[:, 1:-1], encode(loaded, "ball")[:, 1:])
+
+
+def test_a_long_prompt_is_cut_after_encoding_and_reported(loaded, caplog):
+    text = "ab" * 350
+    with caplog.at_level(logging.WARNING):
+        cut = encode(loaded, text)
+    assert cut.shape[1] == MAX_TEXT_TOKENS
+    assert f"The prompt has 701 tokens; the model reads the first {MAX_TEXT_TOKENS}" in caplog.text
+    network = loaded[1].cond_stage_model.network
+    ids = torch.tensor([[entry[0] for entry in loaded[1].tokenize(text)["t5gemma"][0]]])
+    torch.testing.assert_close(cut, network(ids)[:, :MAX_TEXT_TOKENS], atol=1e-6, rtol=0)
+
+
+def test_text_encoder_on_the_cpu(loaded):
+    clip = LoadTextEncoder.execute(files.TEXT_ENCODER.nano, "cpu").args[0]
+    assert clip is not loaded[1] and clip.patcher.load_device == torch.device("cpu")
+    assert torch.equal(clip.encode_from_tokens(clip.tokenize("a ball")), encode(loaded, "a ball"))
+
+
+def test_another_models_clip_is_refused():
+    with pytest.raises(ValueError, match="not HappyHorse's text encoder. Connect the CLIP of 'Load HappyHorse'"):
+        EncodePrompt.execute(object(), "a ball")
