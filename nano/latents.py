@@ -38,7 +38,7 @@ def encode_clips(count, size=8):
         load(WEIGHTS / f"nano_{name}_vae.safetensors")
         for load, name in ((load_video_vae, "video"), (load_audio_vae, "audio"))
     )
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(done, count, size):
             scenes = [scene_of(i) for i in range(start, min(count, start + size))]
             pixels = torch.from_numpy(np.stack([world.render_frames(s, FRAMES) for s in scenes])) * 2 - 1
@@ -65,7 +65,7 @@ def encode_prompts(count, each=4):
     for clip, coded in zip(clips, tokenizer.encode_batch(prompts), strict=True):
         buckets[len(coded.ids)].append((clip, coded.ids))
     features = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for length, rows in buckets.items():
             if len(rows) >= 32:
                 parts = torch.tensor([ids for _, ids in rows]).split(256)
@@ -78,13 +78,13 @@ def empty_prompt():
     """Return the features [1,1,96] of the empty prompt."""
     path = WEIGHTS / "nano_text_encoder.safetensors"
     ids = Tokenizer.from_str(tokenizer_json(path)).encode("").ids
-    with torch.inference_mode():
-        return load_text_encoder(path, dtype=torch.float32)(torch.tensor([ids])).clone()
+    with torch.no_grad():
+        return load_text_encoder(path, dtype=torch.float32)(torch.tensor([ids]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=2500)
+    parser.add_argument("--clips", type=int, default=2000)
     video, audio = encode_clips(parser.parse_args().clips)
     print(
         "video", video.shape, "std", float(np.float32(video[:200]).std()), "audio", float(np.float32(audio[:200]).std())

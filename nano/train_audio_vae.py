@@ -1,4 +1,4 @@
-"""Make nano's audio VAE: core's Oobleck class, narrow, started from principal components and refined on the world's sounds.
+"""Make nano's audio VAE: core's Oobleck class, narrow, begun as principal components, refined on the world's sounds.
 
     python as_package.py nano.train_audio_vae
 
@@ -85,7 +85,8 @@ def start_from_components(vae, pool):
         if isinstance(module, torch.nn.Conv1d) and module.kernel_size[0] in (1, 7):
             gain = 0.02 if module.kernel_size[0] == 1 else 1.0  # the 1-wide convolutions close a residual unit
             put(module, torch.zeros(1, 1, 1))
-            module.weight = gain * (module.in_channels * module.kernel_size[0]) ** -0.5 * torch.randn_like(module.weight)
+            inputs = module.in_channels * module.kernel_size[0]
+            module.weight = gain * inputs**-0.5 * torch.randn_like(module.weight)
     encoder, decoder = vae.encoder.layers, vae.decoder.layers
     put(encoder[0], torch.full((1, 2, 1), 0.5))  # the middle of both sides
     put(decoder[-2], torch.ones(2, 1, 1))

@@ -46,7 +46,7 @@ class Examples:
         """Return (video [B,48,T,6,6], audio [B,L,64], text [B,n,96]) fp32: two-second clips, or their first second."""
         short = rng.random() < 0.5
         clips, features = self.prompts[rng.choice(self.lengths, p=self.shares)]
-        rows = rng.integers(0, len(clips), 40 if short else 24)
+        rows = rng.integers(0, len(clips), 24 if short else 16)
         frames, sounds = (7, 26) if short else (LATENTS, SOUNDS)
         video = torch.from_numpy(self.video[clips[rows], :, :frames].astype(np.float32))
         audio = torch.from_numpy(self.audio[clips[rows], :sounds].astype(np.float32))
@@ -97,8 +97,8 @@ def initialise(dit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--clips", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--clips", type=int, default=2000)
     options = parser.parse_args()
     examples = Examples(options.clips)
     torch.manual_seed(0)

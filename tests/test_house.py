@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK_ROOMS = ("kernels", "model_loader", "sampler", "nodes")  # each may import itself and those before it
-ALL_BUT_NODES = {"kernels", "model_loader", "sampler", "nano", "verify", "benchmarks"}
+ALL_BUT_NODES = {"kernels", "model_loader", "sampler", "nano", "verify", "benchmarks", "launch"}
 MAY_IMPORT = {room: set(NETWORK_ROOMS[: i + 1]) for i, room in enumerate(NETWORK_ROOMS)}
 MAY_IMPORT |= {"nano": ALL_BUT_NODES, "verify": ALL_BUT_NODES, "benchmarks": ALL_BUT_NODES, "launch": {"launch"}}
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "node_helpers", "server"}

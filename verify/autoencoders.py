@@ -145,12 +145,13 @@ def soundtrack(wave, samples, rate):
 
 
 def peak_tolerance(golden):
-    """Return 5e-5 of a tensor's peak where that exceeds 1.
+    """Return 5e-5, or 2e-5 of the tensor's peak where that is more.
 
-    The audio VAE's sines amplify rounding with the signal: the goldens themselves, computed in fp32, lie up to 1e-4
-    from the same network in float64 (decoded sound with a peak of 9).
+    The audio VAE's sines amplify rounding with the signal, and torch's sine is not rounded alike on every processor:
+    the goldens (Intel, fp32) lie up to 1.1e-4 from the same network in float64 at a peak of 9, and so does any fp32
+    run on another processor, whatever its convolutions (measured on AMD: 1.14e-4 with and without oneDNN).
     """
-    return FP32 * max(1.0, golden.abs().max().item())
+    return max(FP32, 2e-5 * golden.abs().max().item())
 
 
 KINDS = {
