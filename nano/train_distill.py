@@ -55,10 +55,10 @@ def walk(teacher, video, audio, text, empty, scale, sigmas, image_given, sound_g
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--clips", type=int, default=2000)
-    parser.add_argument("--guidance", type=float, default=2.0, help="the teacher's; 1 for none, at half the cost")
-    parser.add_argument("--teacher-steps", type=int, default=2, help="Euler steps from one noise level to the next")
+    parser.add_argument("--guidance", type=float, default=1.0, help="the teacher's; 1 for none, at half the cost")
+    parser.add_argument("--teacher-steps", type=int, default=1, help="Euler steps from one noise level to the next")
     options = parser.parse_args()
     examples, teacher = Examples(options.clips), load_teacher()
     student = copy.deepcopy(teacher).train().requires_grad_(True)

@@ -1,5 +1,6 @@
 """ComfyUI's MODEL around our network: core's memory management, LoRA, previews, guiders and samplers come with it."""
 
+import json
 import math
 
 import comfy.conds
@@ -13,11 +14,13 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
+from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 
 FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
+PREVIEW = "happyhorse.preview"  # key in a model file's header: JSON [49][3], colours of the latent channels and a bias
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 # Peak activations of a token, in bytes per hidden channel: the gated MLP in bf16 and fp32, the residual, q, k and v.
 ACTIVATION_BYTES = 60
@@ -31,6 +34,10 @@ class LatentFormat(comfy.latent_formats.Wan22):
         """Return the middle frame [B,48,1,H,W] for previews: the first one stands still where it is a given image."""
         middle = video.shape[2] // 2
         return video[:, :, middle : middle + 1]
+
+    def use_colours(self, rows):
+        """Preview with `rows` [channels + 1][3], the last one the bias: for a model whose VAE is not Wan2.2's."""
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = rows[:-1], rows[-1]
 
     def process_in(self, latent):
         """Return the latent as it is."""
@@ -136,9 +143,13 @@ def check_conditions(config, text, shapes, first_image):
 def load_model(path, weight_dtype, disable_dynamic=False):
     """Read a DiT file or sharded folder into a MODEL (ModelPatcher); `disable_dynamic` is core's, for weight hooks."""
     network = load_dit(path, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
+    model = HappyHorse(network, weight_dtype)
+    colours = Checkpoint.open(path).metadata.get(PREVIEW)
+    if colours is not None:
+        model.latent_format.use_colours(json.loads(colours))
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(
-        HappyHorse(network, weight_dtype),
+        model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )

@@ -1,5 +1,7 @@
 """Sampling through core's guiders with random weights: our sampler, core's, first image, guidance, interrupt."""
 
+import json
+
 import comfy.model_management
 import comfy.model_sampling
 import comfy.nested_tensor
@@ -11,12 +13,15 @@ import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy_extras import nodes_custom_sampler as custom
+from pack.nodes import files
 from pack.nodes.conditioning import EmptyLatent, FirstImage
-from pack.nodes.host import FIRST_IMAGE
+from pack.nodes.host import FIRST_IMAGE, PREVIEW, load_model
 from pack.nodes.prompt import EncodePrompt
 from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas, sample_renoise
 from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import nodes as stock
 
@@ -196,6 +201,18 @@ def test_preview_shows_the_middle_frame(loaded, latent, monkeypatch):
     video[:, :, 1] = 5
     assert previewer.decode_latent_to_preview(video).size == (4, 2)
     assert previewer.decode_latent_to_preview(video).getpixel((0, 0)) != dark
+
+
+def test_a_model_file_brings_its_own_preview_colours(weights, tmp_path, monkeypatch):
+    with safe_open(weights / files.MODEL.nano, "pt") as file:
+        metadata = file.metadata()
+    rows = [[0.0, 0.0, 0.0]] * 48 + [[1.0, -1.0, -1.0]]  # the bias alone: red
+    tensors = load_file(weights / files.MODEL.nano)
+    save_file(tensors, tmp_path / "red.safetensors", {**metadata, PREVIEW: json.dumps(rows)})
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    latent_format = load_model(tmp_path / "red.safetensors", torch.float32).model.latent_format
+    previewer = latent_preview.get_previewer(torch.device("cpu"), latent_format)
+    assert previewer.decode_latent_to_preview(torch.randn(1, 48, 3, 2, 4)).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
