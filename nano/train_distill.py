@@ -15,6 +15,7 @@ import torch
 from ..model_loader.dit import DiT
 from ..model_loader.load import save_part
 from ..sampler.schedule import flow_sigmas
+from . import preview
 from .train_dit import CONFIG, EVERYTHING, FIRST_FRAME, Examples, draw_mode, noised
 from .training import RUNS, WEIGHTS, train
 
@@ -104,6 +105,7 @@ def main():
         weight_decay=0.0,
     )
     save_part(WEIGHTS / "nano_dit.safetensors", to_bf16_linears(student), "dit", CONFIG, "distill")
+    preview.main()
 
 
 def to_bf16_linears(dit):

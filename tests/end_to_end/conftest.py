@@ -11,7 +11,7 @@ from pack.launch.client import Client
 from pack.launch.server import Server
 
 ROOT = Path(__file__).parents[2]
-PREVIEW_IMAGE = 1  # type of a binary message of ComfyUI's that carries a picture
+PREVIEW_IMAGE, TEXT = 1, 3  # what ComfyUI's binary messages carry, by their first four bytes
 
 
 @pytest.fixture(scope="session")
@@ -36,18 +36,20 @@ def graph():
 
 @pytest.fixture
 def watch(server, client):
-    """Function that runs a graph and tells all that the page would hear: outputs, cached nodes, steps, previews."""
+    """Function that runs a graph and tells what the page would hear: outputs, cached nodes, steps, previews, notices."""
 
     def run(graph):
         address = f"{server.url.replace('http', 'ws')}/ws?clientId={client.client_id}"
         page = websocket.create_connection(address, timeout=120)
-        heard = SimpleNamespace(steps=[], previews=[], cached=[])
+        heard = SimpleNamespace(steps=[], previews=[], notices=[], cached=[])
         try:
             prompt_id = client.queue(graph)
             while True:
                 message = page.recv()
                 if isinstance(message, bytes):
-                    heard.previews += [message[8:]] if int.from_bytes(message[:4], "big") == PREVIEW_IMAGE else []
+                    kind = int.from_bytes(message[:4], "big")
+                    heard.previews += [message[8:]] if kind == PREVIEW_IMAGE else []
+                    heard.notices += [message[8:].decode()] if kind == TEXT else []
                     continue
                 event = json.loads(message)
                 about = event["data"]

@@ -84,6 +84,13 @@ def test_a_bad_input_is_refused_before_it_runs(client, graph, node, name, value,
         client.queue(bad)
 
 
+def test_a_prompt_that_is_too_long_is_told_on_its_node(watch, graph):
+    long = shortened(graph("nano_t2v"))
+    long["2"]["inputs"]["text"] = "A red ball bounces on a blue floor. " * 100
+    (notice,) = watch(long).notices
+    assert notice.startswith("2The prompt has ") and "reads the first 640" in notice  # "2" is the node's id
+
+
 def test_a_fault_that_shows_while_it_runs_is_explained(client, graph):
     mixed = shortened(graph("nano_t2v"))
     mixed["5"]["inputs"]["vae"], mixed["5"]["inputs"]["audio_vae"] = ["1", 3], ["1", 2]
