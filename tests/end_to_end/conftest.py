@@ -36,7 +36,7 @@ def graph():
 
 @pytest.fixture
 def watch(server, client):
-    """Function that runs a graph and tells what the page would hear: outputs, cached nodes, steps, previews, notices."""
+    """Function that runs a graph and tells what the page hears: outputs, cached nodes, steps, previews, notices."""
 
     def run(graph):
         address = f"{server.url.replace('http', 'ws')}/ws?clientId={client.client_id}"
