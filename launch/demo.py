@@ -16,6 +16,7 @@ from .terminal import StatusLine
 
 WORKFLOWS = ROOT / "workflows" / "api"
 OUTPUT = ROOT / "output"
+SHORTEST, LONGEST = 0.2, 15.0  # seconds, as HappyHorse Empty Latent takes them
 PROMPT = "A red ball bounces on a blue floor"
 
 
@@ -28,7 +29,7 @@ def parser():
         "in eight colours.",
     )
     command.add_argument("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help='default: "%(default)s"')
-    command.add_argument("--seconds", type=float, default=2.0, help="length of the clip, 1 to 2 (default: %(default)s)")
+    command.add_argument("--seconds", type=seconds, default=2.0, help="of the clip, 1 to 2 (default: %(default)s)")
     command.add_argument("--seed", type=int, default=1, help="another number gives another clip (default: %(default)s)")
     command.add_argument("--image", type=Path, metavar="FILE", help="a picture (png, jpg) to start from")
     command.add_argument("--open", action="store_true", help="show the clip when it is done")
@@ -76,6 +77,27 @@ def probe(path):
     return lines
 
 
+def seconds(text):
+    """Return a clip's length from the command line; argparse reports what is out of the nodes' range."""
+    value = float(text)
+    if not SHORTEST <= value <= LONGEST:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected {SHORTEST} to {LONGEST} (nano: 1 to 2)")
+    return value
+
+
+def check_picture(path):
+    """Raise LaunchError where `path` is not a picture that ComfyUI could open."""
+    from PIL import Image, UnidentifiedImageError  # in .venv only, and `run.py demo --help` comes before .venv
+
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except FileNotFoundError:
+        raise LaunchError(f"{path}: no such picture.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise LaunchError(f"{path}: not a readable picture ({error}). Give a png, jpg or webp file.") from None
+
+
 def main():
     """Make one clip; exit with a message that helps if that fails."""
     options = parser().parse_args()
@@ -96,8 +118,7 @@ def make_clip(options):
     graph = json.loads(workflow.read_text(encoding="utf-8"))
     values = {"text": options.prompt, "seconds": options.seconds, "seed": options.seed}
     if options.image:
-        if not options.image.is_file():
-            raise LaunchError(f"{options.image}: no such picture.")
+        check_picture(options.image)
         values["image"] = options.image.name
     fill(graph, values)
     line = StatusLine()

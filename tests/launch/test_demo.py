@@ -41,6 +41,23 @@ def test_own_workflows_have_every_input_of_the_demo(name, image):
         assert value in [node["inputs"].get(key) for node in filled.values()]
 
 
+def test_a_file_that_is_no_picture_is_told(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("nonsense")
+    with pytest.raises(LaunchError, match="broken.png: not a readable picture"):
+        demo.check_picture(broken)
+    with pytest.raises(LaunchError, match="gone.png: no such picture"):
+        demo.check_picture(tmp_path / "gone.png")
+    demo.check_picture(ROOT / "workflows" / "input" / "happyhorse_nano_face.png")
+
+
+@pytest.mark.parametrize("text", ["40", "0", "-1", "nan"])
+def test_impossible_lengths_are_refused_before_a_server_starts(text, capsys):
+    with pytest.raises(SystemExit):
+        demo.parser().parse_args(["--seconds", text])
+    assert "expected 0.2 to 15" in capsys.readouterr().err
+
+
 def test_clip_path_wants_an_mp4():
     outputs = {"1": {"text": ["note"]}, "2": {"images": [{"filename": "a_1.mp4", "subfolder": "x", "type": "output"}]}}
     assert demo.clip_path(outputs, Path("out")) == Path("out/x/a_1.mp4")
@@ -64,7 +81,7 @@ def test_every_command_explains_itself(command):
     "words, message",
     [
         (("dmeo",), "no command `dmeo`"),
-        (("demo", "--second", "x"), "invalid float value"),
+        (("demo", "--second", "x"), "invalid seconds value"),
         (("demo", "one", "two"), "unrecognized arguments"),
         (("verify",), "needs a folder"),
         (("train", "nobody"), "needs the name of a part"),
