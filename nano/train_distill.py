@@ -57,9 +57,9 @@ def walk(velocity, video, audio, sigmas, image_given=False, sound_given=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2400, help="eight to a walk of the teacher")
+    parser.add_argument("--steps", type=int, default=1200, help="eight to a walk of the teacher")
     parser.add_argument("--clips", type=int, default=2400)
-    parser.add_argument("--guidance", type=float, default=3.0, help="the teacher's; 1 for none, at half the cost")
+    parser.add_argument("--guidance", type=float, default=2.0, help="the teacher's; 1 for none, at half the cost")
     parser.add_argument("--teacher-steps", type=int, default=1, help="Euler steps from one noise level to the next")
     options = parser.parse_args()
     examples, teacher = Examples(options.clips), load_teacher()

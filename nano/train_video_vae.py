@@ -192,7 +192,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-steps", type=int, default=1500)
     parser.add_argument("--clip-steps", type=int, default=700)
-    parser.add_argument("--decoder-steps", type=int, default=2500)
+    parser.add_argument("--decoder-steps", type=int, default=3400)
     parser.add_argument("--pool", type=int, default=1200, help="clips rendered for training")
     parser.add_argument("--from-weights", action="store_true", help="train the decoder of nano/weights only")
     options = parser.parse_args()
