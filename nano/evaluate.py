@@ -2,7 +2,7 @@
 
 python3 run.py evaluate                    64 clips from prompts, 16 from a first image, through ComfyUI's API
 python3 run.py evaluate --in-process       the same clips without a server (samples only, no mp4), quicker
-... --in-process --teacher --guidance 3    the teacher of nano/runs with guided Euler steps, for comparison
+... --in-process --teacher --steps 8       the many-step teacher with Euler steps, for comparison (needs nano/runs)
 """
 
 import argparse
@@ -25,13 +25,11 @@ from ..model_loader.load import load_audio_vae, load_dit, load_text_encoder, loa
 from ..sampler.denoise import denoise_renoise, seeded_noise
 from ..sampler.schedule import flow_sigmas
 from . import world
-from .latents import FRAMES, LATENTS, SOUNDS, empty_prompt
 from .measure import matched, observe, pearson, read_clip
 from .prompts import draw_prompt
-from .train_distill import guided_velocity, load_teacher, walk
 from .training import WEIGHTS
 
-SECONDS = 2.0
+SECONDS, FRAMES, LATENTS, SOUNDS = 2.0, 49, 13, 51
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +80,18 @@ def clips_from_comfyui(cases, folder):
 class InProcess:
     """nano without ComfyUI: the same networks, loops and seeds, decoded frames instead of an mp4."""
 
-    def __init__(self, teacher=False, steps=8, guidance=1.0):
-        self.teacher, self.guidance, self.sigmas = teacher, guidance, flow_sigmas(steps)
-        self.dit = load_teacher() if teacher else load_dit(WEIGHTS / "nano_dit.safetensors")
+    def __init__(self, teacher=False, steps=8):
+        if teacher:
+            from .train_distill import load_teacher
+
+            self.dit = load_teacher()
+        else:
+            self.dit = load_dit(WEIGHTS / "nano_dit.safetensors")
         path = WEIGHTS / "nano_text_encoder.safetensors"
         self.text_encoder, self.tokenizer = load_text_encoder(path), tokenizer_json(path)
         self.video_vae = load_video_vae(WEIGHTS / "nano_video_vae.safetensors")
         self.audio_vae = load_audio_vae(WEIGHTS / "nano_audio_vae.safetensors")
-        self.empty = empty_prompt()
+        self.teacher, self.sigmas = teacher, flow_sigmas(steps)
 
     @torch.inference_mode()
     def __call__(self, case):
@@ -106,10 +108,7 @@ class InProcess:
             pixels = torch.from_numpy(case.image).float().permute(2, 0, 1)[None, :, None] / 127.5 - 1
             image = self.video_vae.encode(pixels)
         if self.teacher:
-            if image is not None:
-                video[:, :, :1] = image
-            velocity = lambda v, a: guided_velocity(self.dit, v, a, text, self.empty, self.guidance)  # noqa: E731
-            *_, (video, audio) = walk(velocity, video, audio, self.sigmas, image_given=image is not None)
+            video, audio = self.euler(video, audio, text, image)
         else:
             video, audio = denoise_renoise(
                 lambda v, a, sigma: self.dit(v, a, text), video, audio, self.sigmas, noise=noise, image=image
@@ -117,6 +116,17 @@ class InProcess:
         frames = ((self.video_vae.decode(video)[0].permute(1, 2, 3, 0) * 0.5 + 0.5) * 255).round().to(torch.uint8)
         sound = self.audio_vae.decode_for_playback(audio.transpose(1, 2))[0].mean(0)
         return frames.numpy(), sound.numpy(), 44100
+
+    def euler(self, video, audio, text, image):
+        """Return both latents after plain Euler steps of the teacher, without guidance."""
+        for sigma, following in zip(self.sigmas[:-1].tolist(), self.sigmas[1:].tolist(), strict=True):
+            if image is not None:
+                video[:, :, :1] = image
+            v_video, v_audio = self.dit(video, audio, text)
+            video, audio = video + (following - sigma) * v_video, audio + (following - sigma) * v_audio
+        if image is not None:
+            video[:, :, :1] = image
+        return video, audio
 
 
 class Tally:
@@ -179,7 +189,6 @@ def main():
     parser.add_argument("--in-process", action="store_true", help="no server, no mp4")
     parser.add_argument("--teacher", action="store_true", help="judge the teacher (with --in-process)")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--guidance", type=float, default=1.0, help="the teacher's")
     parser.add_argument("--keep", type=Path, help="folder in which the clips stay")
     options = parser.parse_args()
     if options.teacher and not options.in_process:
@@ -192,7 +201,7 @@ def main():
     ):
         tally = Tally()
         if options.in_process:
-            make = InProcess(options.teacher, options.steps, options.guidance) if cases else None
+            make = InProcess(options.teacher, options.steps) if cases else None
             for case in cases:
                 tally.judge(case, *make(case))
         else:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ..model_loader.load import load_audio_vae, load_text_encoder, load_video_vae, tokenizer_json
 from . import world
 from .prompts import draw_prompt
-from .training import RUNS, WEIGHTS, quicken_video_vae
+from .training import RUNS, WEIGHTS
 
 FRAMES, LATENTS, SOUNDS = 49, 13, 51  # of a two-second clip: pixel frames, latent frames, audio latents
 
@@ -34,7 +34,6 @@ def encode_clips(count, size=8):
         kept[name] = np.lib.format.open_memmap(path, mode="w+" if fresh else "r+", dtype=np.float16, shape=shape)
     if done >= count:
         return kept["video"], kept["audio"]
-    quicken_video_vae()
     video_vae, audio_vae = (
         load(WEIGHTS / f"nano_{name}_vae.safetensors")
         for load, name in ((load_video_vae, "video"), (load_audio_vae, "audio"))
@@ -85,7 +84,7 @@ def empty_prompt():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=2400)
+    parser.add_argument("--clips", type=int, default=2000)
     video, audio = encode_clips(parser.parse_args().clips)
     print(
         "video", video.shape, "std", float(np.float32(video[:200]).std()), "audio", float(np.float32(audio[:200]).std())

@@ -1,7 +1,6 @@
-"""Train nano's video VAE: core's Wan2.2 class, narrow; single frames, then clips, then the decoder alone.
+"""Train nano's video VAE: core's Wan2.2 class, narrow; single frames first, then clips.
 
-python as_package.py nano.train_video_vae                    all three stages
-python as_package.py nano.train_video_vae --from-weights     the last stage again, on the weights that are there
+python as_package.py nano.train_video_vae
 """
 
 import argparse
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 
 from ..model_loader.config import WanVAEConfig
 from ..model_loader.core_vae import VideoVAE, initialise
-from ..model_loader.load import load_video_vae, save_part
+from ..model_loader.load import save_part
 from . import world
-from .training import RUNS, WEIGHTS, quicken_video_vae, train
+from .training import RUNS, WEIGHTS, train
 
 CONFIG = WanVAEConfig(
     dim=12,
@@ -29,11 +28,6 @@ CONFIG = WanVAEConfig(
     latent_std=(1.0,) * 48,
 )
 IMAGES, CLIPS = (1, 32), (17, 4)  # frames, and how many a batch
-# Of the 48 latent channels this many carry the world (the other 32: under 1 % of the variance); the rest are zero, so
-# that the transformer, narrower than 48 channels of noise in a patch, has to pass on a third of it only.
-CHANNELS = 16
-SPREAD = 1.2  # deviation of a normalised channel whose raw deviation is 1
-LATENT_NOISE = 0.08  # deviation of what the decoder learns to overlook, in normalised units
 
 
 def render_clip(seed):
@@ -99,39 +93,25 @@ def psnr(a, b):
     return -10 * torch.log10(((a - b) / 2).square().mean())
 
 
-@torch.no_grad()
-def rotate_to_principal(vae, latents):
-    """Turn the latent's axes to its principal components, the first CHANNELS kept; return their deviations, a tuple.
+def statistics(latents):
+    """Return the mean and deviation of each channel of raw latents [N,48,T,h,w], as tuples for the configuration.
 
-    vae: core's class; its 1x1x1 convolutions around the latent take up the rotation. latents: raw, [N,48,T,h,w].
+    A channel that carries almost nothing is not blown up to full size: its deviation counts as half the median one.
     """
-    size = latents.shape[1]
-    flat = latents.transpose(0, 1).flatten(1)
-    mean = flat.mean(1)
-    variances, axes = torch.linalg.eigh(torch.cov(flat))
-    axes = axes.flip(1)
-    axes[:, CHANNELS:] = 0
-    into, out_of = vae.conv1, vae.conv2
-    into.weight[:size] = torch.einsum("oz,oiabc->ziabc", axes, into.weight[:size])
-    into.bias[:size] = axes.T @ (into.bias[:size] - mean)
-    out_of.bias += out_of.weight[:, :, 0, 0, 0] @ mean
-    out_of.weight.copy_(torch.einsum("oiabc,iz->ozabc", out_of.weight, axes))
-    return tuple(variances.flip(0)[:CHANNELS].clamp(min=1e-8).sqrt().tolist())
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    std = std.clamp(min=0.5 * std.median().item())
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
-def normalising_deviations(raw):
-    """Return what each of the 48 channels is divided by: halfway between leaving the spectrum as it is and whitening.
-
-    The few channels that say what a scene is stand far above the noise early in sampling, the many that draw its edges
-    come later, as coarse and fine do in a picture.
-    """
-    return tuple(round(deviation**0.5 / SPREAD, 4) for deviation in raw) + (1.0,) * (CONFIG.z_dim - len(raw))
-
-
-def train_autoencoder(pool, image_steps, clip_steps):
-    """Return encoder and decoder trained on frames, then on clips, the latent turned to its principal components."""
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--image-steps", type=int, default=1500)
+    parser.add_argument("--clip-steps", type=int, default=700)
+    parser.add_argument("--pool", type=int, default=1200, help="clips rendered for training")
+    options = parser.parse_args()
     torch.manual_seed(0)
     vae = initialise(VideoVAE(CONFIG)).vae
+    pool = clips(options.pool)
 
     def loss_of(step, shape, divergence_weight):
         frames, size = shape
@@ -139,78 +119,27 @@ def train_autoencoder(pool, image_steps, clip_steps):
         with torch.autocast("cpu", torch.bfloat16):
             result, mean, log_variance = reconstruct(vae, pixels)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return distance(result, pixels) + divergence_weight * divergence, {
-            "psnr": psnr(result.detach(), pixels),
-            "kl": divergence.item(),
-        }
+        loss = F.l1_loss(result, pixels) + 4 * F.mse_loss(result, pixels) + divergence_weight * divergence
+        return loss, {"psnr": psnr(result.detach(), pixels), "kl": divergence.item()}
 
-    of_images = train("video_vae", vae, lambda step: loss_of(step, IMAGES, 5e-4), steps=image_steps, peak_rate=2e-3)
+    of_images = train(
+        "video_vae", vae, lambda step: loss_of(step, IMAGES, 5e-4), steps=options.image_steps, peak_rate=2e-3
+    )
     vae.load_state_dict(of_images.state_dict())
     inflate(vae)
-    return train(
+    vae = train(
         "video_vae_clips",
         vae,
         lambda step: loss_of(10**5 + step, CLIPS, 1e-4),
-        steps=clip_steps,
+        steps=options.clip_steps,
         peak_rate=3e-4,
         warmup=20,
         save_every=100,
     ).eval()
-
-
-def with_principal_latent(vae, pool):
-    """Return a VideoVAE of core's `vae` with CHANNELS latent channels, turned and normalised on clips of `pool`."""
     with torch.no_grad():
-        latents = torch.cat([vae.encode(batch(pool, 10**6 + k, 4, 49)) for k in range(32)])
-    raw = rotate_to_principal(vae, latents)
-    whole = VideoVAE(replace(CONFIG, latent_std=normalising_deviations(raw)))
-    whole.vae.load_state_dict(vae.state_dict())
-    return whole
-
-
-def train_decoder(whole, pool, steps):
-    """Train the decoder of a VideoVAE on clips while its encoder, and so the latent of every clip, stays as it is."""
-    whole.requires_grad_(False)
-    whole.vae.decoder.requires_grad_(True)
-
-    def loss_of_step(step):
-        pixels = batch(pool, 2 * 10**6 + step, CLIPS[1], CLIPS[0])
-        with torch.autocast("cpu", torch.bfloat16):
-            latent = whole.encode(pixels)
-            result = whole.decode_raw(latent + LATENT_NOISE * torch.randn_like(latent))
-        return distance(result, pixels), {"psnr": psnr(result.detach(), pixels)}
-
-    return train("video_decoder", whole, loss_of_step, steps=steps, peak_rate=1e-3, warmup=30, ema=0.995, save_every=50)
-
-
-def distance(result, pixels):
-    """Return the loss between two pixel tensors in [-1,1]."""
-    return F.l1_loss(result, pixels) + 4 * F.mse_loss(result, pixels)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-steps", type=int, default=1500)
-    parser.add_argument("--clip-steps", type=int, default=700)
-    parser.add_argument("--decoder-steps", type=int, default=2500)
-    parser.add_argument("--pool", type=int, default=1200, help="clips rendered for training")
-    parser.add_argument("--from-weights", action="store_true", help="train the decoder of nano/weights only")
-    options = parser.parse_args()
-    quicken_video_vae()
-    pool = clips(options.pool)
-    path = WEIGHTS / "nano_video_vae.safetensors"
-    if options.from_weights:
-        whole = load_video_vae(path)
-    else:
-        whole = with_principal_latent(train_autoencoder(pool, options.image_steps, options.clip_steps), pool)
-        save(whole, path)
-    save(train_decoder(whole, pool, options.decoder_steps), path)
-
-
-def save(whole, path):
-    """Write a VideoVAE in half precision."""
-    halves = {name: tensor.half() for name, tensor in whole.state_dict().items()}
-    save_part(path, halves, "video_vae", whole.config, "nano")
+        mean, std = statistics(torch.cat([vae.encode(batch(pool, 10**6 + k, 4, 49)) for k in range(16)]))
+    config = replace(CONFIG, latent_mean=mean, latent_std=std)
+    save_part(WEIGHTS / "nano_video_vae.safetensors", vae.to(torch.float16), "video_vae", config, "nano")
 
 
 if __name__ == "__main__":

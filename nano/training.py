@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ..model_loader.core_vae import core_class
-
 RUNS = Path(__file__).parent / "runs"
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -54,7 +52,7 @@ def train(
     RUNS.mkdir(exist_ok=True)
     state_file, log_file = RUNS / f"{name}.pt", RUNS / f"{name}.jsonl"
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=peak_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = copy.deepcopy(module).requires_grad_(False)
     first, spent = 0, 0.0
     if state_file.exists():
@@ -101,27 +99,3 @@ def train(
                 state_file,
             )
     return average
-
-
-def quicken_video_vae():
-    """Let core's Wan2.2 VAE compute its norms, a third of its time on a CPU, in a tenth of that; for this process."""
-
-    def forward(self, x):
-        power = x.float().square().sum(1, keepdim=True).clamp(min=1e-24)
-        return x * (power.rsqrt() * self.scale).to(x.dtype) * self.gamma.to(x.dtype)
-
-    core_class("comfy.ldm.wan.vae2_2", "RMS_norm").forward = forward
-
-
-def bf16_matmuls():
-    """Return the context in which nano's networks train: matmuls in bf16, twice as fast on a CPU that has them."""
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-def plain_attention(q, k, v):
-    """Do what `grouped_attention` does with plain matmuls; torch's own is slow backwards on a CPU at 32 a head."""
-    batch, heads, tokens, size = q.shape
-    q = q.reshape(batch * k.shape[1], -1, size)  # the query heads of a group, one after the other
-    k, v = k.flatten(0, 1), v.flatten(0, 1)
-    weights = (q @ k.transpose(1, 2) * size**-0.5).float().softmax(-1)
-    return (weights.to(v.dtype) @ v).view(batch, heads, tokens, size)

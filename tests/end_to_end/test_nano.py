@@ -84,11 +84,14 @@ def test_a_bad_input_is_refused_before_it_runs(client, graph, node, name, value,
         client.queue(bad)
 
 
-def test_a_prompt_that_is_too_long_is_told_on_its_node(watch, graph):
-    long = shortened(graph("nano_t2v"))
-    long["2"]["inputs"]["text"] = "A red ball bounces on a blue floor. " * 100
-    (notice,) = watch(long).notices
-    assert notice.startswith("2The prompt has ") and "reads the first 640" in notice  # "2" is the node's id
+def test_nodes_tell_what_is_outside_the_training(watch, graph):
+    strange = shortened(graph("nano_t2v"))
+    strange["2"]["inputs"]["text"] = "A red ball bounces on a blue floor. " * 100
+    strange["3"]["inputs"] |= {"size": "custom", "size.width": 416, "size.height": 320}
+    strange["4"]["inputs"]["steps"] = 1
+    notices = {notice[0]: notice[1:] for notice in watch(strange).notices}  # the node's id stands before the text
+    assert notices["2"].startswith("The prompt has ") and "reads the first 640" in notices["2"]
+    assert notices["3"].startswith("416x320, 9 frames\n416x320 is larger than the 256p")
 
 
 def test_a_fault_that_shows_while_it_runs_is_explained(client, graph):

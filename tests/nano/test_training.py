@@ -1,14 +1,8 @@
-"""The training loop: a resumed run ends where an uninterrupted one does; and what the teacher and its walks rest on."""
+"""The training loop: a resumed run ends where an uninterrupted one does."""
 
 import pytest
 import torch
-from pack.model_loader.attention import grouped_attention
-from pack.model_loader.dit import DiT
 from pack.nano import training
-from pack.nano.train_distill import walk
-from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
-from pack.nano.train_video_vae import CHANNELS
-from pack.sampler.schedule import flow_sigmas
 
 
 def run(folder, monkeypatch, stop_at=None):
@@ -39,45 +33,3 @@ def test_rate_rises_then_falls():
     rates = [training.learning_rate(step, 1000, 1.0, warmup=100) for step in range(1000)]
     assert rates[0] < 0.02 and max(rates) == rates[99] and rates[-1] < 0.03
     assert all(a >= b for a, b in zip(rates[100:], rates[101:], strict=False))
-
-
-def test_plain_attention_is_the_networks_own():
-    torch.manual_seed(0)
-    for heads, groups in ((5, 1), (6, 2)):
-        q, k, v = torch.randn(2, heads, 9, 8), torch.randn(2, groups, 9, 8), torch.randn(2, groups, 9, 8)
-        torch.testing.assert_close(training.plain_attention(q, k, v), grouped_attention(q, k, v), atol=1e-5, rtol=1e-5)
-
-
-def test_unused_channels_stay_out_of_the_transformer():
-    torch.manual_seed(0)
-    dit = initialise(DiT(CONFIG, dtype=torch.float32))
-    torch.nn.init.normal_(dit.final_linear_video.weight, std=0.1)
-    clean = torch.zeros(1, 48, 3, 6, 6)
-    clean[:, :CHANNELS] = torch.randn(1, CHANNELS, 3, 6, 6)
-    x, velocity = noised(clean, torch.tensor([0.5]), FIRST_FRAME)
-    assert not x[:, CHANNELS:].any() and not velocity[:, CHANNELS:].any()
-    assert torch.equal(x[:, :, 0], clean[:, :, 0]) and not torch.equal(x[:, :, 1], clean[:, :, 1])
-    disturbed = x.clone()
-    disturbed[:, CHANNELS:] += 5
-    audio, text = torch.randn(1, 10, 64), torch.randn(1, 4, 96)
-    with torch.inference_mode():
-        for one, other in zip(dit(x, audio, text), dit(disturbed, audio, text), strict=True):
-            assert torch.equal(one, other)
-
-
-def test_a_walk_along_the_true_velocity_ends_at_the_clip():
-    torch.manual_seed(0)
-    video, audio = torch.randn(1, 48, 3, 2, 2), torch.randn(1, 5, 64)
-    noise_video, noise_audio = torch.randn_like(video), torch.randn_like(audio)
-    first = torch.randn(1, 48, 1, 2, 2)
-    sigmas = flow_sigmas(8)
-    start = [sigmas[0] * n + (1 - sigmas[0]) * c for n, c in ((noise_video, video), (noise_audio, audio))]
-    start[0][:, :, :1] = first
-    states = list(walk(lambda v, a: (noise_video - video, noise_audio - audio), *start, sigmas, image_given=True))
-    assert len(states) == 9
-    for (x_video, x_audio), sigma in zip(states, sigmas, strict=True):
-        torch.testing.assert_close(x_video[:, :, 1:], (sigma * noise_video + (1 - sigma) * video)[:, :, 1:])
-        torch.testing.assert_close(x_audio, sigma * noise_audio + (1 - sigma) * audio)
-        assert torch.equal(x_video[:, :, :1], first)
-    *_, (_, kept) = walk(lambda v, a: (v, a), *start, sigmas, sound_given=True)
-    assert torch.equal(kept, start[1])

@@ -1,12 +1,8 @@
-"""The steps between the stages of the VAE's training: frames to clips, and the latent turned to its main axes."""
-
-from copy import deepcopy
-from dataclasses import replace
+"""The step from frames to clips: an inflated VAE looks at the present only."""
 
 import torch
 from pack.model_loader.core_vae import VideoVAE, initialise
-from pack.nano.train_video_vae import CHANNELS, CONFIG, inflate, normalising_deviations, rotate_to_principal
-from pack.nano.training import quicken_video_vae
+from pack.nano.train_video_vae import CONFIG, inflate
 
 
 def test_an_inflated_vae_looks_at_the_present_only():
@@ -24,37 +20,3 @@ def test_an_inflated_vae_looks_at_the_present_only():
         assert not torch.allclose(one[:, :, :2], two[:, :, :2], atol=1e-4)
         decoded = vae.decode(torch.cat([one[:, :, :2], two[:, :, 2:]], dim=2))
         torch.testing.assert_close(decoded, vae.decode(one), atol=1e-5, rtol=0)
-
-
-def test_principal_axes_keep_what_varies_and_drop_the_rest():
-    torch.manual_seed(0)
-    vae = initialise(VideoVAE(CONFIG)).vae
-    with torch.no_grad():  # a latent that varies along ten directions only
-        vae.conv1.weight[:48] = (torch.randn(48, 10) @ torch.randn(10, 96) / 30)[..., None, None, None]
-    clips = torch.randn(3, 3, 5, 64, 64)
-    turned = deepcopy(vae)
-    with torch.inference_mode():
-        before = vae.encode(clips)
-        raw = rotate_to_principal(turned, before)
-        after = turned.encode(clips)
-        whole = VideoVAE(replace(CONFIG, latent_std=normalising_deviations(raw)))
-        whole.vae.load_state_dict(turned.state_dict())
-        torch.testing.assert_close(turned.decode(after), vae.decode(before), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(whole.decode_raw(whole.encode(clips)), vae.decode(before), atol=1e-4, rtol=1e-3)
-        noise_in_the_unused = torch.cat([torch.zeros(3, CHANNELS, 2, 4, 4), torch.randn(3, 48 - CHANNELS, 2, 4, 4)], 1)
-        assert torch.equal(turned.decode(after + noise_in_the_unused), turned.decode(after))
-    assert not after[:, CHANNELS:].any()
-    deviations = after.std((0, 2, 3, 4))[:CHANNELS]
-    torch.testing.assert_close(deviations, torch.tensor(raw), atol=1e-3, rtol=1e-3)
-    assert deviations[9] > 10 * deviations[10] and list(deviations[:10]) == sorted(deviations[:10], reverse=True)
-
-
-def test_the_quick_norm_is_cores(monkeypatch):
-    torch.manual_seed(0)
-    vae, clip = initialise(VideoVAE(CONFIG)).vae, torch.randn(1, 3, 5, 32, 32)
-    norms = type(next(m for m in vae.modules() if type(m).__name__ == "RMS_norm"))
-    with torch.inference_mode():
-        expected = vae.encode(clip)
-        monkeypatch.setattr(norms, "forward", norms.forward)  # put back after the test
-        quicken_video_vae()
-        torch.testing.assert_close(vae.encode(clip), expected, atol=1e-5, rtol=1e-4)
