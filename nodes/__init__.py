@@ -6,12 +6,12 @@ from .conditioning import EmptyLatent, FirstImage
 from .decode import Decode, SaveVideo
 from .files import add_example_image, add_nano_weights
 from .loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
-from .prompt import EncodePrompt
+from .prompt import EncodePrompt, PromptBuilder
 from .sampling import Sampler, SamplerSelect, Sigmas
 
 NODES = [
     LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE, LoadAudioVAE,
-    EncodePrompt, EmptyLatent, FirstImage, Sampler, SamplerSelect, Sigmas, Decode, SaveVideo,
+    PromptBuilder, EncodePrompt, EmptyLatent, FirstImage, Sampler, SamplerSelect, Sigmas, Decode, SaveVideo,
 ]  # fmt: skip
 
 
