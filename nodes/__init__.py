@@ -6,6 +6,7 @@ from .conditioning import EmptyLatent, FirstImage
 from .decode import Decode, SaveVideo
 from .files import add_example_image, add_nano_weights
 from .loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
+from .lora import register_lora_names
 from .prompt import EncodePrompt, PromptBuilder
 from .sampling import Sampler, SamplerSelect, Sigmas
 
@@ -16,12 +17,13 @@ NODES = [
 
 
 class HappyHorseExtension(ComfyExtension):
-    """The nodes, the built-in weights and the example image."""
+    """The nodes, the built-in weights, the example image and the LoRA names."""
 
     async def on_load(self):
-        """Add the built-in weights to ComfyUI's model folders, and the example image to its input folder."""
+        """Add the built-in weights to ComfyUI's model folders, the example image to its inputs, our LoRA names."""
         add_nano_weights()
         add_example_image()
+        register_lora_names()
 
     async def get_node_list(self):
         """Return the node classes."""

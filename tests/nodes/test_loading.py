@@ -1,8 +1,7 @@
-"""Model files: what the loaders list, that a model is read once, its dtype, LoRA and streaming; and wrong files."""
+"""Model files: what the loaders list, that a model is read once, its dtype and streaming; and wrong files."""
 
 import json
 
-import comfy.sd
 import folder_paths
 import pytest
 import torch
@@ -93,22 +92,6 @@ def test_weight_dtype_is_the_linears_only(loaded, prompt, latent):
 
 def test_default_dtype_without_a_gpu_is_fp32(loaded):
     assert LoadModel.execute(files.MODEL.nano, "default").args[0] is loaded[0]
-
-
-def test_stock_lora_loader_reaches_every_expert(loaded, prompt, latent):
-    generator = torch.Generator().manual_seed(3)
-    lora = {}
-    for layer in ("block.layers.1.attention.linear_qkv", "block.layers.0.mlp.up_gate_proj.audio"):
-        weight = loaded[0].model.diffusion_model.get_submodule(layer).weight
-        for name, shape in (("lora_A", (4, weight.shape[1])), ("lora_B", (weight.shape[0], 4))):
-            lora[f"diffusion_model.{layer}.{name}.weight"] = torch.randn(shape, generator=generator) * 0.2
-    patched, _ = comfy.sd.load_lora_for_models(loaded[0], None, lora, 1.0, 0.0)
-    assert len(patched.patches) == 2
-    before = Sampler.execute(loaded[0], prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
-    changed = Sampler.execute(patched, prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
-    after = Sampler.execute(loaded[0], prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
-    for x, y, z in zip(before, changed, after, strict=True):
-        assert not torch.allclose(x, y, atol=1e-3) and torch.equal(x, z)
 
 
 def test_weights_streamed_one_by_one_give_the_same(loaded, prompt, latent):
