@@ -7,7 +7,7 @@ import pytest
 import torch
 from pack.model_loader.checkpoint import CheckpointError
 from pack.nodes import files
-from pack.nodes.loaders import LoadAudioVAE, LoadModel, LoadTextEncoder, LoadVideoVAE
+from pack.nodes.loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from pack.nodes.sampling import Sampler
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +48,26 @@ def test_sharded_folders_are_listed_without_their_shards_and_load(loaded, folder
     sharded = LoadModel.execute(folder_of_shards, "fp32").args[0].model.diffusion_model.state_dict()
     single = loaded[0].model.diffusion_model.state_dict()
     assert sharded.keys() == single.keys() and all(torch.equal(sharded[name], single[name]) for name in single)
+
+
+def test_a_missing_file_is_named_with_the_place_to_get_it_from(model_folders):
+    names = {"text_encoder": files.TEXT_ENCODER.nano, "video_vae": "wan2.2_vae.safetensors", "audio_vae": "mine.ckpt"}
+    with pytest.raises(ValueError) as refused:
+        LoadCheckpoint.validate_inputs(files.MODEL.nano, **names)
+    assert str(refused.value) == (
+        "wan2.2_vae.safetensors is not in models/vae. Get it from https://huggingface.co/Comfy-Org/"
+        "Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae/wan2.2_vae.safetensors and put it there. mine.ckpt is "
+        "not in models/vae. Get it from https://huggingface.co/stabilityai/stable-audio-open-1.0 (README.md lists "
+        "other sources) and put it there. Then press R in ComfyUI to refresh its lists."
+    )
+    assert LoadVideoVAE.validate_inputs(video_vae=files.VIDEO_VAE.nano)
+
+
+def test_every_download_is_one_file_for_a_folder_of_ours():
+    downloads = json.loads(files.DOWNLOADS.read_text(encoding="utf-8"))
+    for name, about in downloads.items():
+        assert about["directory"] in {part.folder for part in files.PARTS}
+        assert about["url"].startswith("https://huggingface.co/") and about["url"].endswith(f"/{name}")
 
 
 def test_a_file_is_read_once_for_all_loaders(loaded, weights):
