@@ -122,7 +122,8 @@ def _page_node(id, order, node, schema, downloads):
             values.append("image")
     ours = schema["python_module"] == f"custom_nodes.{PACK_NAME}"
     properties = {"cnr_id": PACK_NAME if ours else "comfy-core", "Node name for S&R": node["class_type"]}
-    models = [{"name": value, **downloads[value]} for value in values if value in downloads]
+    # A folder of shards is no download of one click: the note and the server's refusal name it.
+    models = [{"name": value, **downloads[value]} for value in values if value in downloads and "." in value]
     rows = max(len(inputs), len(schema["output"])) + 2 * sum(entry["type"] == "STRING" for entry in inputs)
     return {
         "id": id,

@@ -13,7 +13,7 @@ import folder_paths
 PACK = Path(__file__).parent.parent
 NANO_WEIGHTS = PACK / "nano" / "weights"
 EXAMPLE_IMAGE = PACK / "workflows" / "input" / "happyhorse_nano_face.png"
-DOWNLOADS = PACK / "nodes" / "downloads.json"  # single files on the web: {name: {"directory": ..., "url": ...}}
+DOWNLOADS = PACK / "nodes" / "downloads.json"  # on the web, {name: {"directory": ..., "url": ...}}
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 

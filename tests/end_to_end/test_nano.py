@@ -86,12 +86,17 @@ def test_a_bad_input_is_refused_before_it_runs(client, graph, node, name, value,
 
 def test_nodes_tell_what_is_outside_the_training(watch, graph):
     strange = shortened(graph("nano_t2v"))
-    strange["2"]["inputs"]["text"] = "A red ball bounces on a blue floor. " * 100
+    speakers = {f"speaker_{i}": "off" for i in (2, 3, 4)} | {"speaker_1": "on", "speaker_1.language": "Korean"}
+    speakers |= {"speaker_1.description": "a yellow face", "speaker_1.line": "안녕"}
+    text = {"description": "A red ball bounces on a blue floor. " * 100, "background_sound": "", **speakers}
+    strange["builder"] = {"class_type": "HappyHorsePromptBuilder", "inputs": text}
+    strange["2"]["inputs"]["text"] = ["builder", 0]
     strange["3"]["inputs"] |= {"size": "custom", "size.width": 416, "size.height": 320}
     strange["4"]["inputs"]["steps"] = 1
-    notices = {notice[0]: notice[1:] for notice in watch(strange).notices}  # the node's id stands before the text
-    assert notices["2"].startswith("The prompt has ") and "reads the first 640" in notices["2"]
-    assert notices["3"].startswith("416x320, 9 frames\n416x320 is larger than the 256p")
+    told = watch(strange).notices  # the node's id stands before the text
+    assert "builder806 words" in told
+    assert any(text.startswith("2The prompt has ") and "reads the first 640" in text for text in told)
+    assert any(text.startswith("3416x320, 9 frames\n416x320 is larger than the 256p") for text in told)
 
 
 def test_a_fault_that_shows_while_it_runs_is_explained(client, graph):

@@ -63,7 +63,7 @@ def test_a_missing_file_is_named_with_the_place_to_get_it_from(model_folders):
     assert LoadVideoVAE.validate_inputs(video_vae=files.VIDEO_VAE.nano)
 
 
-def test_every_download_is_one_file_for_a_folder_of_ours():
+def test_every_download_goes_into_a_folder_of_ours():
     downloads = json.loads(files.DOWNLOADS.read_text(encoding="utf-8"))
     for name, about in downloads.items():
         assert about["directory"] in {part.folder for part in files.PARTS}
