@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .conditioning import EmptyLatent, FirstImage
 from .decode import Decode, SaveVideo
-from .files import add_example_image, add_nano_weights
+from .files import add_examples, add_nano_weights
 from .loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from .lora import register_lora_names
 from .prompt import EncodePrompt, PromptBuilder
@@ -17,12 +17,12 @@ NODES = [
 
 
 class HappyHorseExtension(ComfyExtension):
-    """The nodes, the built-in weights, the example image and the LoRA names."""
+    """The nodes, the built-in weights, the templates' examples and the LoRA names."""
 
     async def on_load(self):
-        """Add the built-in weights to ComfyUI's model folders, the example image to its inputs, our LoRA names."""
+        """Add the built-in weights to ComfyUI's model folders, the examples to its inputs, our LoRA names."""
         add_nano_weights()
-        add_example_image()
+        add_examples()
         register_lora_names()
 
     async def get_node_list(self):

@@ -12,7 +12,7 @@ import folder_paths
 
 PACK = Path(__file__).parent.parent
 NANO_WEIGHTS = PACK / "nano" / "weights"
-EXAMPLE_IMAGE = PACK / "workflows" / "input" / "happyhorse_nano_face.png"
+EXAMPLES = PACK / "workflows" / "input"
 DOWNLOADS = PACK / "nodes" / "downloads.json"  # on the web, {name: {"directory": ..., "url": ...}}
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
@@ -42,14 +42,15 @@ def add_nano_weights():
         folder_paths.add_model_folder_path(folder, str(NANO_WEIGHTS))
 
 
-def add_example_image():
-    """Put the image-to-video template's image where Load Image looks for it, unless there is one of that name."""
-    target = Path(folder_paths.get_input_directory()) / EXAMPLE_IMAGE.name
+def add_examples():
+    """Put the templates' image and sound where Load Image and Load Audio look, unless there are any of that name."""
+    folder = Path(folder_paths.get_input_directory())
     try:
-        if not target.exists():
-            shutil.copyfile(EXAMPLE_IMAGE, target)
+        for example in EXAMPLES.iterdir():
+            if not (folder / example.name).exists():
+                shutil.copyfile(example, folder / example.name)
     except OSError as error:
-        logging.warning("The example image %s could not be put into %s: %s", EXAMPLE_IMAGE.name, target.parent, error)
+        logging.warning("The examples of the templates could not be put into %s: %s", folder, error)
 
 
 def choices(part):
