@@ -56,8 +56,13 @@ def inputs_of(schema, values):
 
 
 def completed(twin, schemas):
-    """Return the API twin with the defaults of widgets that its nodes have gained since it was written."""
+    """Return the API twin with the defaults of widgets that its nodes have gained since it was written.
+
+    LaunchError where the server has no such node, or no default for a widget.
+    """
     for node in twin.values():
+        if node["class_type"] not in schemas:
+            raise LaunchError(f"ComfyUI has no node {node['class_type']}. Correct the API twin, or the pack's import.")
         for name, (kind, options, _) in inputs_of(schemas[node["class_type"]], node["inputs"]).items():
             if kind in WIDGETS and name not in node["inputs"]:
                 if "default" not in options:
