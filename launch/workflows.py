@@ -6,6 +6,7 @@ workflows/NAME.json, which ComfyUI lists as a template. The tests convert it bac
 
 import json
 import os
+import re
 import sys
 import tempfile
 import uuid
@@ -19,11 +20,16 @@ WORKFLOWS = ROOT / "workflows"
 TWINS = {"nano_text_to_video": "nano_t2v", "nano_image_to_video": "nano_i2v"}  # others have the template's name
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
-TITLE, ROW, GAP = 30, 26, 50  # pixels
-WIDTHS = {"HappyHorseLoadCheckpoint": 360, "HappyHorseSaveVideo": 420, "HappyHorsePromptBuilder": 440}
-WIDTH = 340
-SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260}  # height of what a node displays
-NOTE_CHARACTERS = 44  # in a line of a note as wide as its column
+LEFT, TOP, TITLE, ROW, GAP = 40, 100, 30, 28, 50  # pixels; both of the page's renderers fit into such rows
+WIDTH, WIDTHS = 340, {"HappyHorseLoadCheckpoint": 400, "HappyHorseSaveVideo": 420, "HappyHorsePromptBuilder": 440}
+TEXT_BOX = 100  # more for a text of several lines
+SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260, "LoadAudio": 80}  # height of what a node displays
+URL = re.compile(r"\(https:[^)]*\)")
+FILES_FOOTER = (
+    "Other layouts load too: choose yours in *Load HappyHorse* and press **i** on it for the list. Licences: Gemma Terms "
+    "of Use (text encoder), Stability AI Community License (audio VAE), Apache-2.0 (the rest)."
+)
+NOTE_WIDTH, NOTE_CHARACTERS = 420, 52  # the latter in a line
 
 
 def names():
@@ -84,14 +90,14 @@ def page_graph(name, twin, schemas, note, downloads):
                 links.append([len(links) + 1, int(value[0]), value[1], int(id), slot, source["type"]])
                 entry["link"] = len(links)
                 source["links"].append(len(links))
-    bottom = _place(nodes, twin)
+    _place(nodes, twin)
     last = max(map(int, twin)) + 1
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"happyhorse-local/{name}")),
         "revision": 0,
         "last_node_id": last,
         "last_link_id": len(links),
-        "nodes": [*nodes.values(), _note(last, len(nodes), note, bottom)],
+        "nodes": [*nodes.values(), _note(last, len(nodes), note + _files(twin, downloads))],
         "links": links,
         "groups": [],
         "config": {},
@@ -109,7 +115,7 @@ def _depth(twin, id):
 
 
 def _page_node(id, order, node, schema, downloads):
-    inputs, values = [], []
+    inputs, values, texts = [], [], 0
     for name, (kind, options, required) in inputs_of(schema, node["inputs"]).items():
         entry = {"name": name, "type": kind, "link": None}
         entry |= {"label": options["display_name"]} if options.get("display_name", name) != name else {}
@@ -118,6 +124,7 @@ def _page_node(id, order, node, schema, downloads):
         if kind not in WIDGETS or options.get("forceInput"):
             continue
         entry["widget"] = {"name": name}
+        texts += bool(options.get("multiline"))
         value = node["inputs"][name]
         values.append(options.get("default", "") if isinstance(value, list) else value)
         if options.get("control_after_generate") or name == "seed":
@@ -128,13 +135,16 @@ def _page_node(id, order, node, schema, downloads):
     ours = schema["python_module"] == f"custom_nodes.{PACK_NAME}"
     properties = {"cnr_id": PACK_NAME if ours else "comfy-core", "Node name for S&R": node["class_type"]}
     # A folder of shards is no download of one click: the note and the server's refusal name it.
-    models = [{"name": value, **downloads[value]} for value in values if value in downloads and "." in value]
-    rows = max(len(inputs), len(schema["output"])) + 2 * sum(entry["type"] == "STRING" for entry in inputs)
+    files = [value for value in values if value in downloads and "." in value]
+    models = [{"name": file, **{key: downloads[file][key] for key in ("directory", "url")}} for file in files]
+    sockets = sum("widget" not in entry for entry in inputs)
+    rows = max(sockets, len(schema["output"])) + len(values) + 1
+    height = ROW * rows + TEXT_BOX * texts + SHOWS.get(node["class_type"], 0)
     return {
         "id": id,
         "type": node["class_type"],
         "pos": [0, 0],
-        "size": [WIDTHS.get(node["class_type"], WIDTH), ROW * (rows + 1) + SHOWS.get(node["class_type"], 0)],
+        "size": [WIDTHS.get(node["class_type"], WIDTH), height],
         "flags": {},
         "order": order,
         "mode": 0,
@@ -149,31 +159,41 @@ def _page_node(id, order, node, schema, downloads):
 
 
 def _place(nodes, twin):
-    """Put the nodes into columns, each left of what it feeds; return where the first column ends."""
+    """Put the nodes into columns right of the note, each left of what it feeds."""
     depths = {id: _depth(twin, id) for id in nodes}
     for id in nodes:
         if not _sources(twin[id]):
             depths[id] = min(depths[fed] for fed in nodes if id in _sources(twin[fed])) - 1
-    left, first_bottom = 40, 0
+    left = LEFT + NOTE_WIDTH + GAP
     for depth in sorted(set(depths.values())):
         column = [node for id, node in nodes.items() if depths[id] == depth]
-        top = 100
+        top = TOP
         for node in column:
             node["pos"] = [left, top]
             top += node["size"][1] + TITLE + GAP
         left += max(node["size"][0] for node in column) + GAP
-        first_bottom = first_bottom or top
-    return first_bottom
 
 
-def _note(id, order, note, top):
+def _files(twin, downloads):
+    """Return the note's part about the model files that a twin names: which go where, as links."""
+    named = {value for node in twin.values() for value in node["inputs"].values() if isinstance(value, str)}
+    lines = []
+    for name in sorted(named & downloads.keys(), key=lambda name: (downloads[name]["directory"], name)):
+        about = downloads[name]
+        files = {name: about["url"], **about.get("beside", {})}
+        links = ", ".join(f"[{file}]({url})" for file, url in files.items())
+        lines.append(f"- **models/{about['directory']}:** {links}")
+    return "\n".join(["", "### Files", "", *lines, "", FILES_FOOTER]) if lines else ""
+
+
+def _note(id, order, note):
     title, _, text = note.partition("\n")
-    lines = sum(1 + len(line) // NOTE_CHARACTERS for line in text.splitlines())
+    lines = sum(1 + len(URL.sub("", line)) // NOTE_CHARACTERS for line in text.splitlines())
     return {
         "id": id,
         "type": "MarkdownNote",
-        "pos": [40, top],
-        "size": [WIDTHS["HappyHorseLoadCheckpoint"], TITLE + 20 * lines],
+        "pos": [LEFT, TOP],
+        "size": [NOTE_WIDTH, TITLE + 20 * lines],
         "flags": {},
         "order": order,
         "mode": 0,

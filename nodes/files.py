@@ -13,7 +13,7 @@ import folder_paths
 PACK = Path(__file__).parent.parent
 NANO_WEIGHTS = PACK / "nano" / "weights"
 EXAMPLES = PACK / "workflows" / "input"
-DOWNLOADS = PACK / "nodes" / "downloads.json"  # on the web, {name: {"directory": ..., "url": ...}}
+DOWNLOADS = PACK / "nodes" / "downloads.json"  # {name: {"directory", "url", "beside": {name: url}}}
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
@@ -71,7 +71,8 @@ def where_to_get(part, name):
     """Return one sentence about a file that is not there: its folder and its source on the web."""
     known = json.loads(DOWNLOADS.read_text(encoding="utf-8")).get(name)
     source = known["url"] if known else f"https://huggingface.co/{part.published} (README.md lists other sources)"
-    return f"{name} is not in models/{part.folder}. Get it from {source} and put it there."
+    beside = "".join(f", {other} from {url}" for other, url in (known or {}).get("beside", {}).items())
+    return f"{name} is not in models/{part.folder}. Get it from {source}{beside} and put it there."
 
 
 def find(part, name):

@@ -119,10 +119,10 @@ def test_the_page_offers_every_download_and_the_note_names_every_file(name):
     offered = {m["name"]: m for node in graph["nodes"] for m in node["properties"].get("models", [])}
     (note,) = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] in NOTES]
     for file in wanted_files(twin_of(name)):
-        assert f"`{file}`" in note
+        assert f"[{file}](https://huggingface.co/" in note
         assert file in offered or "." not in file, "one click gets a file, not a folder"
     for about in offered.values():
-        assert about["directory"] in MODEL_FOLDERS and f"`{about['directory']}`" in note
+        assert about["directory"] in MODEL_FOLDERS and f"**models/{about['directory']}:**" in note
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -41,13 +41,17 @@ def test_widgets_that_a_node_gained_get_their_defaults_and_sockets_stay_open():
 
 
 def test_graph_in_columns_with_links_downloads_and_the_note():
-    downloads = {"m.gguf": {"directory": "vae", "url": "https://example.org/m.gguf"}}
+    source = {"directory": "vae", "url": "https://example.org/m.gguf"}
+    downloads = {"m.gguf": {**source, "beside": {"t.json": "https://example.org/t.json"}}}
     graph = page_graph("x", completed(twin(size="small"), SCHEMAS), SCHEMAS, "# Title\n\nText.\n", downloads)
     loader, sampler, note = graph["nodes"]
     assert graph["links"] == [[1, 1, 0, 2, 0, "MODEL"]]
     assert loader["outputs"][0]["links"] == [1] and sampler["inputs"][0]["link"] == 1
-    assert loader["properties"]["models"] == [{"name": "m.gguf", **downloads["m.gguf"]}]
+    assert loader["properties"]["models"] == [{"name": "m.gguf", **source}]
     assert "models" not in sampler["properties"] and sampler["properties"]["cnr_id"] == "comfy-core"
     assert sampler["widgets_values"] == [4, "fixed", "b"]
-    assert loader["pos"][0] + loader["size"][0] < sampler["pos"][0] and note["pos"][1] > loader["pos"][1]
-    assert note["widgets_values"] == ["## Title\n\nText."] and note["id"] == graph["last_node_id"] == 3
+    edges = [(node["pos"][0], node["pos"][0] + node["size"][0]) for node in (note, loader, sampler)]
+    assert edges[0][1] < edges[1][0] and edges[1][1] < edges[2][0]
+    assert note["id"] == graph["last_node_id"] == 3
+    files = "- **models/vae:** [m.gguf](https://example.org/m.gguf), [t.json](https://example.org/t.json)"
+    assert note["widgets_values"][0].startswith(f"## Title\n\nText.\n\n### Files\n\n{files}\n\nOther layouts")
