@@ -22,12 +22,13 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 LEFT, TOP, TITLE, ROW, GAP = 40, 100, 30, 28, 50  # pixels; both of the page's renderers fit into such rows
 WIDTH, WIDTHS = 340, {"HappyHorseLoadCheckpoint": 400, "HappyHorseSaveVideo": 420, "HappyHorsePromptBuilder": 440}
+WIDTHS |= {"HappyHorseEncodePrompt": 420, "HappyHorseNegativePrompt": 420}
 TEXT_BOX = 100  # more for a text of several lines
 SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260, "LoadAudio": 80}  # height of what a node displays
 URL = re.compile(r"\(https:[^)]*\)")
 FILES_FOOTER = (
-    "Other layouts load too: choose yours in *Load HappyHorse* and press **i** on it for the list. Licences: Gemma Terms "
-    "of Use (text encoder), Stability AI Community License (audio VAE), Apache-2.0 (the rest)."
+    "Other layouts load too: choose yours in *Load HappyHorse* and press **i** on it for the list. Licences: Gemma "
+    "Terms of Use (text encoder), Stability AI Community License (audio VAE), Apache-2.0 (the rest)."
 )
 NOTE_WIDTH, NOTE_CHARACTERS = 420, 52  # the latter in a line
 
