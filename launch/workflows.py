@@ -23,7 +23,7 @@ DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 LEFT, TOP, TITLE, ROW, GAP = 40, 100, 30, 28, 50  # pixels; both of the page's renderers fit into such rows
 WIDTH, WIDTHS = 340, {"HappyHorseLoadCheckpoint": 400, "HappyHorseSaveVideo": 420, "HappyHorsePromptBuilder": 440}
 WIDTHS |= {"HappyHorseEncodePrompt": 420, "HappyHorseNegativePrompt": 420}
-TEXT_BOX = 100  # more for a text of several lines
+TEXT_BOX, NOTICE = 100, 80  # more for a text of several lines, for what a node tells while it runs
 SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260, "LoadAudio": 80}  # height of what a node displays
 URL = re.compile(r"\(https:[^)]*\)")
 FILES_FOOTER = (
@@ -141,6 +141,7 @@ def _page_node(id, order, node, schema, downloads):
     sockets = sum("widget" not in entry for entry in inputs)
     rows = max(sockets, len(schema["output"])) + len(values) + 1
     height = ROW * rows + TEXT_BOX * texts + SHOWS.get(node["class_type"], 0)
+    height += NOTICE if "unique_id" in schema["input"].get("hidden", {}) else 0
     return {
         "id": id,
         "type": node["class_type"],
