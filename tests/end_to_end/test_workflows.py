@@ -6,7 +6,8 @@ import urllib.request
 import pytest
 from pack.launch.client import PromptError
 from pack.launch.comfyui import PACK_NAME
-from pack.launch.workflows import WORKFLOWS, inputs_of, names, twin_path, written
+from pack.launch.demo import clip_path
+from pack.launch.workflows import TWINS, WORKFLOWS, inputs_of, names, twin_path, written
 
 NAMES = names()
 FULL_SIZE = [name for name in NAMES if not name.startswith("nano")]
@@ -135,6 +136,15 @@ def test_the_server_names_the_files_that_are_missing(name, client):
     assert str(refused.value).count("Get it from https://huggingface.co/") == len(wanted_files(twin))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("nano") and name not in TWINS])
+def test_nano_templates_make_a_clip(name, client, server):
+    twin = twin_of(name)
+    for node in twin.values():
+        node["inputs"] |= {"seconds": 0.4} if "seconds" in node["inputs"] else {}
+    clip = clip_path(client.run(twin), server.output)
+    assert clip.suffix == ".mp4" and clip.stat().st_size > 1000
+
+
 def test_server_lists_the_templates_and_serves_every_help_page(server, schemas):
     with urllib.request.urlopen(f"{server.url}/api/workflow_templates") as reply:
         assert sorted(json.loads(reply.read())[PACK_NAME]) == NAMES
@@ -143,4 +153,4 @@ def test_server_lists_the_templates_and_serves_every_help_page(server, schemas):
     for name in ours:
         with urllib.request.urlopen(f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md") as reply:
             assert reply.read().decode().startswith(f"# {schemas[name]['display_name']}")
-    assert len(ours) >= 13
+    assert len(ours) >= 20
