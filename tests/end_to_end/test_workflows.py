@@ -7,7 +7,8 @@ import pytest
 from pack.launch.client import PromptError
 from pack.launch.comfyui import PACK_NAME
 from pack.launch.demo import clip_path
-from pack.launch.workflows import TWINS, WORKFLOWS, inputs_of, names, twin_path, written
+from pack.launch.page_graph import inputs_of
+from pack.launch.workflows import TWINS, WORKFLOWS, names, twin_path, written
 
 NAMES = names()
 FULL_SIZE = [name for name in NAMES if not name.startswith("nano")]

@@ -2,7 +2,8 @@
 
 import pytest
 from pack.launch import LaunchError
-from pack.launch.workflows import completed, inputs_of, page_graph
+from pack.launch.page_graph import completed, inputs_of, page_graph
+from pack.launch.workflows import files_section
 
 SIZES = {"options": [{"key": "small", "inputs": {}}, {"key": "own", "inputs": {"required": {"side": ["INT", {}]}}}]}
 LOADER = {
@@ -43,7 +44,8 @@ def test_widgets_that_a_node_gained_get_their_defaults_and_sockets_stay_open():
 def test_graph_in_columns_with_links_downloads_and_the_note():
     source = {"directory": "vae", "url": "https://example.org/m.gguf"}
     downloads = {"m.gguf": {**source, "beside": {"t.json": "https://example.org/t.json"}}}
-    graph = page_graph("x", completed(twin(size="small"), SCHEMAS), SCHEMAS, "# Title\n\nText.\n", downloads)
+    full = completed(twin(size="small"), SCHEMAS)
+    graph = page_graph("x", full, SCHEMAS, "# Title\n\nText.\n" + files_section(full, downloads), downloads)
     loader, sampler, note = graph["nodes"]
     assert graph["links"] == [[1, 1, 0, 2, 0, "MODEL"]]
     assert loader["outputs"][0]["links"] == [1] and sampler["inputs"][0]["link"] == 1
