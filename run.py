@@ -4,7 +4,7 @@
     python3 run.py comfyui                                        start ComfyUI with these nodes and stay up
     python3 run.py test                                           run every test
     python3 run.py verify DIR                                     compare our networks with golden tensors
-    python3 run.py train NAME | evaluate | bench                  for developers of the tiny model and the kernels
+    python3 run.py train NAME | evaluate | bench | workflows      for developers
 
 `python3 run.py COMMAND --help` says more. The first run makes .venv and fetches ComfyUI (3 GB, a few minutes; 8 GB
 with an NVIDIA card); later ones start at once. A ComfyUI of your own is used if this folder lies in its custom_nodes or
@@ -143,6 +143,14 @@ def run_bench(words):
     run_module("benchmarks.run", words, prepare())
 
 
+def run_workflows(words):
+    """Write workflows/*.json anew from workflows/api and workflows/notes (launch/workflows.py), for ComfyUI's page.
+
+    usage: run.py workflows
+    """
+    run_module("launch.workflows", words, prepare())
+
+
 COMMANDS = {
     "demo": run_demo,
     "comfyui": run_comfyui,
@@ -151,6 +159,7 @@ COMMANDS = {
     "train": run_train,
     "evaluate": run_evaluate,
     "bench": run_bench,
+    "workflows": run_workflows,
 }
 
 

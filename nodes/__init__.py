@@ -4,24 +4,26 @@ from comfy_api.latest import ComfyExtension
 
 from .conditioning import EmptyLatent, FirstImage
 from .decode import Decode, SaveVideo
-from .files import add_example_image, add_nano_weights
+from .files import add_examples, add_nano_weights
 from .loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
-from .prompt import EncodePrompt
+from .lora import register_lora_names
+from .prompt import EncodePrompt, PromptBuilder
 from .sampling import Sampler, SamplerSelect, Sigmas
 
 NODES = [
     LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE, LoadAudioVAE,
-    EncodePrompt, EmptyLatent, FirstImage, Sampler, SamplerSelect, Sigmas, Decode, SaveVideo,
+    PromptBuilder, EncodePrompt, EmptyLatent, FirstImage, Sampler, SamplerSelect, Sigmas, Decode, SaveVideo,
 ]  # fmt: skip
 
 
 class HappyHorseExtension(ComfyExtension):
-    """The nodes, the built-in weights and the example image."""
+    """The nodes, the built-in weights, the templates' examples and the LoRA names."""
 
     async def on_load(self):
-        """Add the built-in weights to ComfyUI's model folders, and the example image to its input folder."""
+        """Add the built-in weights to ComfyUI's model folders, the examples to its inputs, our LoRA names."""
         add_nano_weights()
-        add_example_image()
+        add_examples()
+        register_lora_names()
 
     async def get_node_list(self):
         """Return the node classes."""

@@ -75,6 +75,12 @@ def token_count(clip, text):
     return len(require_prompt_encoder(clip).tokenize(text)[ENCODER][0])
 
 
+def reads_long_prompts(clip):
+    """Tell whether a HappyHorse CLIP is full-size, of models that want long prompts; nano wants one sentence."""
+    network = require_prompt_encoder(clip).cond_stage_model.network
+    return sum(parameter.numel() for parameter in network.parameters()) >= SMALL_ENCODER
+
+
 def load_clip(path, device):
     """Read a text encoder into a CLIP; `device` is "default" or "cpu"."""
     devices = {}

@@ -6,14 +6,34 @@ import node_helpers
 import torch
 from comfy_api.latest import io
 
-from ..sampler.sizes import PIXEL_MULTIPLE, RATIOS, RESOLUTIONS, audio_length, latent_side, pixel_size, video_length
+from ..sampler.sizes import (
+    PIXEL_MULTIPLE,
+    PIXELS_PER_LATENT,
+    RATIOS,
+    RESOLUTIONS,
+    TRAINED_SECONDS,
+    audio_length,
+    latent_side,
+    outside_training,
+    pixel_frames,
+    pixel_size,
+    video_length,
+)
 from .host import FIRST_IMAGE, require_joint_latent
+from .notice import notice
 from .vae import require_video_vae
 
 NANO = "nano 96x96"
 NANO_SIZE = (96, 96)
 MAX_SIDE = 4096  # pixels
 MIN_SECONDS, MAX_SECONDS = 0.2, 15.0
+
+
+def chosen_size(size):
+    """Return (width, height) in pixels of what the `size` widgets say, whole latent patches."""
+    if size["size"] == "custom":
+        return tuple(PIXELS_PER_LATENT * latent_side(size[side]) for side in ("width", "height"))
+    return NANO_SIZE if size["size"] == NANO else pixel_size(size["size"], size["ratio"])
 
 
 def _ratio_input():
@@ -51,12 +71,14 @@ class EmptyLatent(io.ComfyNode):
             category="HappyHorse",
             description="Sets size and length of the clip: a joint latent for picture (25 fps) and sound.",
             search_aliases=["happyhorse size", "happyhorse resolution", "empty audio video latent", "duration"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.DynamicCombo.Input(
                     "size",
                     options=[io.DynamicCombo.Option(NANO, []), *by_name, custom],
                     tooltip="Size of the picture in pixels. nano was trained at 96x96 only, the full-size models at "
-                    "256p; larger sizes belong to their super-resolution models. custom: your own width and height.",
+                    "256p; larger sizes belong to super-resolution: they run here, with a warning. custom: your own "
+                    "width and height.",
                 ),
                 io.Float.Input(
                     "seconds",
@@ -65,8 +87,9 @@ class EmptyLatent(io.ComfyNode):
                     max=MAX_SECONDS,
                     step=0.2,
                     round=0.01,
-                    tooltip="Length in seconds. nano was trained on 1 to 2, the full-size models on up to 10. Pictures "
-                    "come in groups of 4 and one more, so 5 seconds have 125.",
+                    tooltip=f"Length in seconds. nano was trained on 1 to 2, the full-size models on up to "
+                    f"{TRAINED_SECONDS}; more runs, with a warning. Pictures come in groups of 4 and one more, so 5 "
+                    "seconds have 125.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="Connect to HappyHorse Sampler (and to HappyHorse First Image).")],
@@ -81,14 +104,14 @@ class EmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, size, seconds):
-        """Make the two empty latents."""
-        if size["size"] == "custom":
-            width, height = size["width"], size["height"]
-        else:
-            width, height = NANO_SIZE if size["size"] == NANO else pixel_size(size["size"], size["ratio"])
+        """Make the two empty latents; tell their size, and where that is outside the training."""
+        width, height = chosen_size(size)
         length = audio_length(seconds)
+        frames = video_length(length)
+        told = [f"{width}x{height}, {pixel_frames(frames)} frames", *outside_training(width, height, seconds)]
+        notice(cls, "\n".join(told))
         device = comfy.model_management.intermediate_device()
-        video = torch.zeros(1, 48, video_length(length), latent_side(height), latent_side(width), device=device)
+        video = torch.zeros(1, 48, frames, latent_side(height), latent_side(width), device=device)
         audio = torch.zeros(1, 64, length, device=device)
         return io.NodeOutput({"samples": comfy.nested_tensor.NestedTensor((video, audio))})
 

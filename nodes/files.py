@@ -1,5 +1,6 @@
 """Which model files the loaders offer, where they are, and the models that are already in memory."""
 
+import json
 import logging
 import re
 import shutil
@@ -11,23 +12,25 @@ import folder_paths
 
 PACK = Path(__file__).parent.parent
 NANO_WEIGHTS = PACK / "nano" / "weights"
-EXAMPLE_IMAGE = PACK / "workflows" / "input" / "happyhorse_nano_face.png"
+EXAMPLES = PACK / "workflows" / "input"
+DOWNLOADS = PACK / "nodes" / "downloads.json"  # {name: {"directory", "url", "beside": {name: url}}}
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One kind of model file: ComfyUI's folder for it and the built-in file."""
+    """One kind of model file: ComfyUI's folder for it, the built-in file, and the published one's repository."""
 
     folder: str
     nano: str
+    published: str
 
 
-MODEL = Part("diffusion_models", "nano_dit.safetensors")
-TEXT_ENCODER = Part("text_encoders", "nano_text_encoder.safetensors")
-VIDEO_VAE = Part("vae", "nano_video_vae.safetensors")
-AUDIO_VAE = Part("vae", "nano_audio_vae.safetensors")
+MODEL = Part("diffusion_models", "nano_dit.safetensors", "GAIR/daVinci-MagiHuman")
+TEXT_ENCODER = Part("text_encoders", "nano_text_encoder.safetensors", "google/t5gemma-9b-9b-ul2")
+VIDEO_VAE = Part("vae", "nano_video_vae.safetensors", "Wan-AI/Wan2.2-TI2V-5B")
+AUDIO_VAE = Part("vae", "nano_audio_vae.safetensors", "stabilityai/stable-audio-open-1.0")
 PARTS = (MODEL, TEXT_ENCODER, VIDEO_VAE, AUDIO_VAE)
 
 _loaded = WeakValueDictionary()  # lives as long as something uses the model, so it never holds memory by itself
@@ -39,14 +42,15 @@ def add_nano_weights():
         folder_paths.add_model_folder_path(folder, str(NANO_WEIGHTS))
 
 
-def add_example_image():
-    """Put the image-to-video template's image where Load Image looks for it, unless there is one of that name."""
-    target = Path(folder_paths.get_input_directory()) / EXAMPLE_IMAGE.name
+def add_examples():
+    """Put the templates' image and sound where Load Image and Load Audio look, unless there are any of that name."""
+    folder = Path(folder_paths.get_input_directory())
     try:
-        if not target.exists():
-            shutil.copyfile(EXAMPLE_IMAGE, target)
+        for example in EXAMPLES.iterdir():
+            if not (folder / example.name).exists():
+                shutil.copyfile(example, folder / example.name)
     except OSError as error:
-        logging.warning("The example image %s could not be put into %s: %s", EXAMPLE_IMAGE.name, target.parent, error)
+        logging.warning("The examples of the templates could not be put into %s: %s", folder, error)
 
 
 def choices(part):
@@ -54,6 +58,21 @@ def choices(part):
     other_nano = {other.nano for other in PARTS} - {part.nano}
     files = [n for n in folder_paths.get_filename_list(part.folder) if n not in other_nano and not SHARD.search(n)]
     return sorted({*files, *_sharded_folders(part.folder)})
+
+
+def require_listed(names):
+    """Raise ValueError, saying where to get them, unless every loader lists its file; names: {part: file name}."""
+    missing = [where_to_get(part, name) for part, name in names.items() if name not in choices(part)]
+    if missing:
+        raise ValueError(f"{' '.join(missing)} Then press R in ComfyUI to refresh its lists.")
+
+
+def where_to_get(part, name):
+    """Return one sentence about a file that is not there: its folder and its source on the web."""
+    known = json.loads(DOWNLOADS.read_text(encoding="utf-8")).get(name)
+    source = known["url"] if known else f"https://huggingface.co/{part.published} (README.md lists other sources)"
+    beside = "".join(f", {other} from {url}" for other, url in (known or {}).get("beside", {}).items())
+    return f"{name} is not in models/{part.folder}. Get it from {source}{beside} and put it there."
 
 
 def find(part, name):

@@ -80,7 +80,18 @@ def _load_audio_vae(name):
     return files.read_once(load_audio, files.find(files.AUDIO_VAE, name))
 
 
-class LoadCheckpoint(io.ComfyNode):
+class LoaderNode(io.ComfyNode):
+    """What every loader refuses: a file that is not there, with the place to get it from."""
+
+    @classmethod
+    def validate_inputs(cls, model=None, text_encoder=None, video_vae=None, audio_vae=None):
+        """Check the names among the inputs against what their folders hold, in place of core's bare "not in list"."""
+        names = zip(files.PARTS, (model, text_encoder, video_vae, audio_vae), strict=True)
+        files.require_listed({part: name for part, name in names if name is not None})
+        return True
+
+
+class LoadCheckpoint(LoaderNode):
     """Everything a text-to-video graph needs, from four files."""
 
     @classmethod
@@ -119,7 +130,7 @@ class LoadCheckpoint(io.ComfyNode):
         )
 
 
-class LoadModel(io.ComfyNode):
+class LoadModel(LoaderNode):
     """The transformer alone."""
 
     @classmethod
@@ -141,7 +152,7 @@ class LoadModel(io.ComfyNode):
         return io.NodeOutput(_load_model(model, weight_dtype))
 
 
-class LoadTextEncoder(io.ComfyNode):
+class LoadTextEncoder(LoaderNode):
     """The text encoder alone."""
 
     @classmethod
@@ -163,7 +174,7 @@ class LoadTextEncoder(io.ComfyNode):
         return io.NodeOutput(_load_clip(text_encoder, text_encoder_device))
 
 
-class LoadVideoVAE(io.ComfyNode):
+class LoadVideoVAE(LoaderNode):
     """The video VAE alone."""
 
     @classmethod
@@ -185,7 +196,7 @@ class LoadVideoVAE(io.ComfyNode):
         return io.NodeOutput(_load_video_vae(video_vae))
 
 
-class LoadAudioVAE(io.ComfyNode):
+class LoadAudioVAE(LoaderNode):
     """The audio VAE alone."""
 
     @classmethod

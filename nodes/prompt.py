@@ -1,13 +1,90 @@
-"""The prompt node."""
+"""The prompt nodes: the structured prompt from its parts, and any prompt to conditioning."""
 
 from comfy_api.latest import io
 
-from .clip import MAX_TEXT_TOKENS, require_prompt_encoder, token_count, too_long
+from .clip import MAX_TEXT_TOKENS, reads_long_prompts, require_prompt_encoder, token_count, too_long
 from .notice import notice
+from .prompt_text import FEWEST_WORDS, LANGUAGES, Speech, structured_prompt, too_short, word_count
+
+SPEAKERS = ("speaker_1", "speaker_2", "speaker_3", "speaker_4")
+OFF, ON = "off", "on"
+
+
+def _speaker_input(id):
+    """Return the switch of one speaker; each has its own, so that switching one leaves what was typed for others."""
+    opened = [
+        io.String.Input(
+            "description",
+            tooltip='Who speaks, in about five words of English: "young woman in red coat". What begins with a capital '
+            "is taken as a name.",
+        ),
+        io.Combo.Input("language", options=list(LANGUAGES), default="English", tooltip="Language of the line."),
+        io.String.Input(
+            "line",
+            multiline=True,
+            tooltip="What is said, in that language and its own script, without quotation marks. Quote it in the "
+            "description as well to place it there; else it is said at the end. About 2 to 3 words fit a second.",
+        ),
+    ]
+    return io.DynamicCombo.Input(
+        id,
+        options=[io.DynamicCombo.Option(OFF, []), io.DynamicCombo.Option(ON, opened)],
+        tooltip="on: one more voice. The lines are heard in the order of the speakers.",
+    )
+
+
+class PromptBuilder(io.ComfyNode):
+    """The form that the model was trained on, from description, speakers and background sound."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node."""
+        return io.Schema(
+            node_id="HappyHorsePromptBuilder",
+            display_name="HappyHorse Prompt Builder",
+            category="HappyHorse",
+            description="Writes the prompt in the form the full-size models were trained on: description, dialogue of "
+            "up to four speakers in seven languages, background sound.",
+            search_aliases=["happyhorse dialogue", "structured prompt", "happyhorse speech", "lip sync prompt"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.String.Input(
+                    "description",
+                    multiline=True,
+                    tooltip="What is seen, in English and in the order it happens: appearance, mood, face and lips, "
+                    "manner of speaking, light, framing. 150 to 200 words work best; the node warns below "
+                    f"{FEWEST_WORDS}.",
+                ),
+                *(_speaker_input(id) for id in SPEAKERS),
+                io.String.Input(
+                    "background_sound",
+                    tooltip='The most prominent sound besides the voices: "rain on a tin roof". Empty: none.',
+                ),
+            ],
+            outputs=[io.String.Output(display_name="prompt", tooltip="Connect to the text of HappyHorse Prompt.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, speaker_1=None, speaker_2=None, speaker_3=None, speaker_4=None):
+        """Refuse a switch that is neither on nor off: core leaves it out without a word."""
+        for id, switch in zip(SPEAKERS, (speaker_1, speaker_2, speaker_3, speaker_4), strict=True):
+            if switch is None:
+                raise ValueError(f"{id} is neither {ON} nor {OFF}")
+        return True
+
+    @classmethod
+    def execute(cls, description, background_sound, **speakers):
+        """Write the prompt; tell its length."""
+        switched_on = [speakers[id] for id in SPEAKERS if speakers[id][id] == ON]
+        speeches = [Speech(one["description"], one["language"], one["line"]) for one in switched_on]
+        prompt = structured_prompt(description, speeches, background_sound)
+        words = word_count(prompt)
+        notice(cls, too_short(words) or f"{words} words")
+        return io.NodeOutput(prompt)
 
 
 class EncodePrompt(io.ComfyNode):
-    """Prompt to conditioning, as stock CLIP Text Encode does it, with a notice where the prompt is too long."""
+    """Prompt to conditioning, as stock CLIP Text Encode does it; tells a prompt's length and whether it fits."""
 
     @classmethod
     def define_schema(cls):
@@ -16,8 +93,8 @@ class EncodePrompt(io.ComfyNode):
             node_id="HappyHorseEncodePrompt",
             display_name="HappyHorse Prompt",
             category="HappyHorse",
-            description="Turns the prompt into conditioning. CLIP Text Encode gives the same; this one also tells when "
-            "a prompt is longer than the model reads.",
+            description="Turns the prompt into conditioning. CLIP Text Encode gives the same; this one also tells how "
+            "long a prompt is, and whether that is too long or too short.",
             search_aliases=["happyhorse text encode", "prompt"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -39,8 +116,10 @@ class EncodePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text):
-        """Encode the prompt at its true length."""
+        """Encode the prompt at its true length; tell it."""
         tokens = token_count(require_prompt_encoder(clip), text)
-        if tokens > MAX_TEXT_TOKENS:
-            notice(cls, too_long(tokens))
+        told = [too_long(tokens) if tokens > MAX_TEXT_TOKENS else f"{tokens} of {MAX_TEXT_TOKENS} tokens"]
+        if reads_long_prompts(clip) and text.strip():
+            told += filter(None, [too_short(word_count(text))])
+        notice(cls, "\n".join(told))
         return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text)))

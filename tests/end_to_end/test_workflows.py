@@ -1,15 +1,19 @@
-"""The shipped workflows: the page's graphs fit the schemas and are what their API twins run; help and templates."""
+"""The shipped workflows: page graphs are written from their API twins, fit the schemas, say which files they want."""
 
 import json
 import urllib.request
-from pathlib import Path
 
 import pytest
+from pack.launch.client import PromptError
 from pack.launch.comfyui import PACK_NAME
+from pack.launch.demo import clip_path
+from pack.launch.page_graph import inputs_of
+from pack.launch.workflows import TWINS, WORKFLOWS, names, twin_path, written
 
-WORKFLOWS = Path(__file__).parents[2] / "workflows"
-TWINS = {"nano_text_to_video": "nano_t2v", "nano_image_to_video": "nano_i2v"}
+NAMES = names()
+FULL_SIZE = [name for name in NAMES if not name.startswith("nano")]
 NOTES = ("MarkdownNote", "Note")  # they live in the page, the server does not know them
+MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae")
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +26,8 @@ def page_graph(name):
     return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def inputs_of(schema, values):
-    """Return {name: (type, options)} of a node with these widget values; a dynamic combo adds its choice's inputs."""
-    found = {}
-    for name, (kind, *options) in {**schema["input"]["required"], **schema["input"].get("optional", {})}.items():
-        found[name] = (kind, options[0] if options else {})
-        for choice in found[name][1].get("options", []) if kind == "COMFY_DYNAMICCOMBO_V3" else []:
-            if choice["key"] == values.get(name):
-                opened = {**choice["inputs"].get("required", {}), **choice["inputs"].get("optional", {})}
-                found |= {f"{name}.{inner}": (spec[0], spec[1]) for inner, spec in opened.items()}
-    return found
+def twin_of(name):
+    return json.loads(twin_path(name).read_text(encoding="utf-8"))
 
 
 def widget_values(node):
@@ -57,18 +53,29 @@ def as_api(graph):
     }
 
 
-def test_every_workflow_has_its_twin():
-    assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(TWINS)
-    assert {path.stem for path in (WORKFLOWS / "api").glob("*.json")} == set(TWINS.values())
+def wanted_files(twin):
+    """Return the model files that a twin's loaders name."""
+    loaders = [node["inputs"] for node in twin.values() if node["class_type"].startswith("HappyHorseLoad")]
+    parts = ("model", "text_encoder", "video_vae", "audio_vae")
+    return sorted({inputs[part] for inputs in loaders for part in parts if part in inputs})
 
 
-@pytest.mark.parametrize("name", TWINS)
+def test_every_workflow_has_its_note_and_its_twin():
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
+    assert {path for path in (WORKFLOWS / "api").glob("*.json")} == {twin_path(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_as_run_py_workflows_writes_them(name, schemas):
+    assert written(name, schemas) == (twin_of(name), page_graph(name)), "run `python3 run.py workflows`"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_page_graph_is_what_its_twin_runs(name):
-    twin = json.loads((WORKFLOWS / "api" / f"{TWINS[name]}.json").read_text(encoding="utf-8"))
-    assert as_api(page_graph(name)) == twin
+    assert as_api(page_graph(name)) == twin_of(name)
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", NAMES)
 def test_page_graph_fits_the_schemas(name, schemas):
     graph = page_graph(name)
     nodes = {node["id"]: node for node in graph["nodes"]}
@@ -81,10 +88,9 @@ def test_page_graph_fits_the_schemas(name, schemas):
         assert sorted(drawn) == sorted(expected), node["type"]
         assert [output["type"] for output in node["outputs"]] == schema["output"], node["type"]
         for entry in node["inputs"]:
-            kind, options = expected.get(entry["name"], (None, {}))
-            listed = kind if isinstance(kind, list) else options.get("options", [])
-            listed = [one["key"] if isinstance(one, dict) else one for one in listed]
-            if entry["name"] in values and listed:
+            _, options, _ = expected.get(entry["name"], (None, {}, None))
+            listed = [one["key"] if isinstance(one, dict) else one for one in options.get("options", [])]
+            if entry["name"] in values and listed and values[entry["name"]] not in wanted_files(twin_of(name)):
                 assert values[entry["name"]] in listed, f"{node['type']}.{entry['name']}"
     for number, source, slot, target, index, kind in graph["links"]:
         output, entry = nodes[source]["outputs"][slot], nodes[target]["inputs"][index]
@@ -93,14 +99,14 @@ def test_page_graph_fits_the_schemas(name, schemas):
     assert graph["last_node_id"] == max(nodes) and graph["last_link_id"] == max(link[0] for link in graph["links"])
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", NAMES)
 def test_few_wires(name):
-    ours = [node for node in page_graph(name)["nodes"] if node["type"].startswith("HappyHorse")]
-    assert len(ours) <= 6
-    assert any(node["type"] in NOTES for node in page_graph(name)["nodes"]), "a note says what to do"
+    kinds = [node["type"] for node in page_graph(name)["nodes"]]
+    assert sum(kind.startswith("HappyHorse") for kind in kinds) <= 2 + 6 * kinds.count("HappyHorseSampler")
+    assert any(kind in NOTES for kind in kinds), "a note says what to do"
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_nodes_overlap(name):
     boxes = [(n["pos"][0], n["pos"][1] - 30, *n["size"], n["type"]) for n in page_graph(name)["nodes"]]  # 30: the title
     for i, (x, y, width, height, one) in enumerate(boxes):
@@ -109,12 +115,43 @@ def test_no_nodes_overlap(name):
             assert apart, f"{one} and {two}"
 
 
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_page_offers_every_download_and_the_note_names_every_file(name):
+    graph = page_graph(name)
+    offered = {m["name"]: m for node in graph["nodes"] for m in node["properties"].get("models", [])}
+    (note,) = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] in NOTES]
+    for file in wanted_files(twin_of(name)):
+        assert f"[{file}](https://huggingface.co/" in note
+        assert file in offered or "." not in file, "one click gets a file, not a folder"
+    for about in offered.values():
+        assert about["directory"] in MODEL_FOLDERS and f"**models/{about['directory']}:**" in note
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_server_names_the_files_that_are_missing(name, client):
+    twin = twin_of(name)
+    with pytest.raises(PromptError) as refused:  # HTTP 400
+        client.queue(twin)
+    for file in wanted_files(twin):
+        assert f"{file} is not in models/" in str(refused.value)
+    assert str(refused.value).count("Get it from https://huggingface.co/") == len(wanted_files(twin))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("nano") and name not in TWINS])
+def test_nano_templates_make_a_clip(name, client, server):
+    twin = twin_of(name)
+    for node in twin.values():
+        node["inputs"] |= {"seconds": 0.4} if "seconds" in node["inputs"] else {}
+    clip = clip_path(client.run(twin), server.output)
+    assert clip.suffix == ".mp4" and clip.stat().st_size > 1000
+
+
 def test_server_lists_the_templates_and_serves_every_help_page(server, schemas):
     with urllib.request.urlopen(f"{server.url}/api/workflow_templates") as reply:
-        assert set(json.loads(reply.read())[PACK_NAME]) == set(TWINS)
+        assert sorted(json.loads(reply.read())[PACK_NAME]) == NAMES
     # core's cloud nodes are called HappyHorse too
     ours = [name for name, schema in schemas.items() if schema["python_module"] == f"custom_nodes.{PACK_NAME}"]
     for name in ours:
         with urllib.request.urlopen(f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md") as reply:
             assert reply.read().decode().startswith(f"# {schemas[name]['display_name']}")
-    assert len(ours) >= 13
+    assert len(ours) >= 20

@@ -1,13 +1,13 @@
-"""Prompts: ours and stock CLIP Text Encode agree, true lengths, literal text, the limit."""
+"""Prompts: ours and stock CLIP Text Encode agree, true lengths, literal text, the limit; the builder node."""
 
 import logging
 
 import pytest
 import torch
 from pack.nodes import files
-from pack.nodes.clip import MAX_TEXT_TOKENS
+from pack.nodes.clip import MAX_TEXT_TOKENS, reads_long_prompts
 from pack.nodes.loaders import LoadTextEncoder
-from pack.nodes.prompt import EncodePrompt
+from pack.nodes.prompt import EncodePrompt, PromptBuilder
 
 import nodes as stock
 
@@ -53,3 +53,29 @@ def test_text_encoder_on_the_cpu(loaded):
 def test_another_models_clip_is_refused():
     with pytest.raises(ValueError, match="not HappyHorse's text encoder. Connect the CLIP of 'Load HappyHorse'"):
         EncodePrompt.execute(object(), "a ball")
+
+
+def test_nanos_encoder_wants_no_long_prompts(loaded):
+    assert not reads_long_prompts(loaded[1])
+
+
+def test_builder_takes_the_speakers_that_are_on():
+    prompt = PromptBuilder.execute(
+        description="A park.",
+        background_sound="",
+        speaker_1={"speaker_1": "off"},
+        speaker_2={"speaker_2": "on", "description": "old man", "language": "German", "line": "Guten Tag."},
+        speaker_3={"speaker_3": "off"},
+        speaker_4={"speaker_4": "on", "description": "girl", "language": "Korean", "line": "안녕"},
+    ).args[0]
+    assert prompt.split("\n\n") == [
+        'A park. The old man says in German, "Guten Tag." The girl says in Korean, "안 녕"',
+        'Dialogue:\n<Old man, German>: "Guten Tag."\n<Girl, Korean>: "안 녕"',
+        "Background Sound:\n<No prominent background sound>",
+    ]
+
+
+def test_builder_refuses_a_switch_that_core_does_not_know():
+    with pytest.raises(ValueError, match="speaker_3 is neither on nor off"):
+        PromptBuilder.validate_inputs("on", "off", None, "off")
+    assert PromptBuilder.validate_inputs("on", "off", "off", "off")

@@ -11,6 +11,7 @@ IDS = {
     "HappyHorseLoadCheckpoint", "HappyHorseLoadModel", "HappyHorseLoadTextEncoder", "HappyHorseLoadVideoVAE",
     "HappyHorseLoadAudioVAE", "HappyHorseEncodePrompt", "HappyHorseEmptyLatent", "HappyHorseFirstImage",
     "HappyHorseSampler", "HappyHorseSamplerSelect", "HappyHorseSigmas", "HappyHorseDecode", "HappyHorseSaveVideo",
+    "HappyHorsePromptBuilder",
 }  # fmt: skip
 
 

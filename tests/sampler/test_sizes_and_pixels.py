@@ -1,29 +1,50 @@
 """Sizes of clips, super-resolution start, audio windows and pixel conversions."""
 
+import math
+
 import pytest
 import torch
 from pack.sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows, merge_windows
 from pack.sampler.media import first_image, resize_frames, to_frames
-from pack.sampler.sizes import RATIOS, RESOLUTIONS, audio_length, latent_side, pixel_size, video_length
+from pack.sampler.sizes import (
+    RATIOS,
+    RESOLUTIONS,
+    audio_length,
+    latent_side,
+    outside_training,
+    pixel_frames,
+    pixel_size,
+    video_length,
+)
 from pack.sampler.super_resolution import noised_latent, start_super_resolution, upsample_latent
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_every_ratio_keeps_shape_and_area(resolution, ratio):
-    width, height = pixel_size(resolution, ratio)
-    assert width % 32 == 0 and height % 32 == 0
-    assert width / height == pytest.approx(RATIOS[ratio], rel=0.13)  # a step of 32 pixels at 256p
-    landscape = RESOLUTIONS[resolution]
-    assert width * height == pytest.approx(landscape[0] * landscape[1], rel=0.12)
+def test_every_ratio_keeps_shape_and_area(resolution):
+    sizes = {ratio: pixel_size(resolution, ratio) for ratio in RATIOS}
+    assert len(set(sizes.values())) == len(RATIOS), "two ratios must not give the same picture"
+    for ratio, (width, height) in sizes.items():
+        assert width % 32 == 0 and height % 32 == 0
+        assert width / height == pytest.approx(RATIOS[ratio], rel=0.045)
+        assert width * height == pytest.approx(math.prod(RESOLUTIONS[resolution]), rel=0.085)
+        turned = ":".join(reversed(ratio.split(":")))
+        assert sizes[turned] == (height, width)
 
 
 def test_published_sizes():
     assert pixel_size("256p", "16:9") == (448, 256) and pixel_size("256p", "9:16") == (256, 448)
     assert pixel_size("540p", "16:9") == (960, 544) and pixel_size("1080p", "16:9") == (1920, 1088)
-    assert audio_length(5) == 126 and video_length(126) == 32
+    assert pixel_size("256p", "5:4") == (384, 320) and pixel_size("256p", "4:3") == (384, 288)
+    assert audio_length(5) == 126 and video_length(126) == 32 and pixel_frames(32) == 125
     assert audio_length(1) == 26 and video_length(26) == 7 and video_length(1) == 1
     assert [latent_side(pixels) for pixels in (32, 100, 170, 256, 1088)] == [2, 6, 10, 16, 68]
+
+
+def test_what_is_outside_the_training_is_said():
+    assert all(not outside_training(*pixel_size("256p", ratio), 10) for ratio in RATIOS)
+    assert all(len(outside_training(*pixel_size("540p", ratio), 10)) == 1 for ratio in RATIOS)
+    large, long = outside_training(960, 544, 10.2)
+    assert large.startswith("960x544 is larger than the 256p") and long.startswith("10.2 s is longer than the 10 s")
 
 
 def test_sizes_that_cannot_be():

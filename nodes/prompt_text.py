@@ -1,0 +1,92 @@
+"""The structured prompt of the model's published guide, as text: what is seen, who says what, what is heard around."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+LANGUAGES = ("Mandarin", "Cantonese", "English", "Japanese", "Korean", "German", "French")
+NO_BACKGROUND = "No prominent background sound"  # the guide's own words
+FEWEST_WORDS = 80  # below, users of the model report ghost images; the guide asks for 150 to 200
+# Han with its marks, kana, Hangul: what the guide writes with a space between any two characters.
+CJK = "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
+CJK += "\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
+BETWEEN_CJK = re.compile(f"(?<=[{CJK}])(?=[{CJK}])")
+WORD = re.compile(rf"[^\W{CJK}]+(?:['’-]\w+)*")
+ARTICLE = re.compile(r"^(?:an?|the) ", re.IGNORECASE)
+QUOTATION_MARK = re.compile(r"[“”„「」『』]|«\s*|\s*»")
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """Who speaks ("young woman in a red coat", or a name), in which of LANGUAGES, and the line.
+
+    ValueError where there is nobody to speak or nothing to say.
+    """
+
+    speaker: str
+    language: str
+    line: str
+
+    def __post_init__(self):
+        if not self.speaker.strip():
+            raise ValueError(f'Nobody is described for the line "{self.line}". Say who speaks, in about five words.')
+        if not self.line.strip():
+            raise ValueError(f"There is no line for {self.speaker}. Type what is said, or switch that speaker off.")
+
+    @property
+    def named(self):
+        """The speaker without an article: as the guide names one in the Dialogue block."""
+        return ARTICLE.sub("", _tidy(self.speaker))
+
+    @property
+    def quoted(self):
+        """The line in quotation marks."""
+        said = _tidy(self.line).removeprefix('"').removesuffix('"').strip().replace('"', "'")
+        return f'"{said}"'
+
+
+def structured_prompt(description, speeches, background):
+    """Return the prompt: body, `Dialogue:` block if anybody speaks, `Background Sound:` block.
+
+    description, background: str, may be empty; speeches: sequence of Speech in the order they are heard. A line that
+    the description quotes already stays where it is; the others get a sentence of their own at the end of the body.
+    """
+    body = [_tidy(description)]
+    for speech in speeches:
+        if speech.quoted not in body[0]:
+            # What begins with a capital is a name: "Anna says", but "The young woman says".
+            subject = speech.named if speech.named[0].isupper() else f"The {speech.named}"
+            body.append(f"{subject} says in {speech.language}, {speech.quoted}")
+    lines = [f"<{_capital(speech.named)}, {speech.language}>: {speech.quoted}" for speech in speeches]
+    dialogue = "\n".join(["Dialogue:", *lines]) if lines else ""
+    heard = f"Background Sound:\n<{_tidy(background).strip('<>') or NO_BACKGROUND}>"
+    return "\n\n".join(filter(None, [" ".join(filter(None, body)), dialogue, heard]))
+
+
+def space_cjk(text):
+    """Return the text, composed, with one space between any two CJK characters: 你好，再见 -> 你 好，再 见."""
+    return BETWEEN_CJK.sub(" ", unicodedata.normalize("NFC", text))
+
+
+def word_count(prompt):
+    """Return the words of a prompt's body, that is before its Dialogue and Background Sound; CJK does not count."""
+    body = re.split(r"^(?:Dialogue|Background Sound):", prompt, maxsplit=1, flags=re.MULTILINE)[0]
+    return len(WORD.findall(body))
+
+
+def too_short(words):
+    """Return what to tell about a prompt whose body has so many words; "" if they are enough."""
+    if words >= FEWEST_WORDS:
+        return ""
+    return (
+        f"The description has {words} words; full-size models want 150 to 200 and give ghost images below about "
+        f"{FEWEST_WORDS}. Describe appearance, face, voice, light and camera, in English."
+    )
+
+
+def _tidy(text):
+    return space_cjk(QUOTATION_MARK.sub('"', " ".join(text.split())))
+
+
+def _capital(text):
+    return text[:1].upper() + text[1:]
