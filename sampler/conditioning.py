@@ -36,9 +36,9 @@ def velocity_towards(clean, x, sigma):
     return (x - clean) / sigma
 
 
-def base_video_scale(sigma):
-    """Return the base model's video guidance at noise level `sigma` (float): 5.0 above timestep 500, then 2.0."""
-    return BASE_VIDEO_SCALE if int(1000 * sigma) > BASE_LATE_TIMESTEP else BASE_VIDEO_SCALE_LATE
+def base_video_scale(sigma, early=BASE_VIDEO_SCALE, late=BASE_VIDEO_SCALE_LATE):
+    """Return the base model's video guidance at noise level `sigma` (float): `early` above timestep 500, then `late`."""
+    return early if int(1000 * sigma) > BASE_LATE_TIMESTEP else late
 
 
 def sr_video_scale(frames, scale=SR_VIDEO_SCALE, device=None):
@@ -48,8 +48,16 @@ def sr_video_scale(frames, scale=SR_VIDEO_SCALE, device=None):
     return scales
 
 
+def guide(conditional, unconditional, scale):
+    """Return classifier-free guidance: uncond + scale * (cond - uncond); velocities or clean predictions, same shape.
+
+    scale: number, or a tensor that broadcasts. 1 is the prompt alone, 0 the negative prompt alone.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
 def guided(conditional, unconditional, video_scale, audio_scale=AUDIO_SCALE):
-    """Return a velocity function with classifier-free guidance: uncond + scale * (cond - uncond), per stream.
+    """Return a velocity function that guides each stream on its own, see `guide`.
 
     conditional, unconditional: function(video, audio, sigma) -> (video velocity, audio velocity), for the prompt and
     for the negative prompt. video_scale: function(sigma) -> number, or tensor that broadcasts to the velocity.
@@ -58,7 +66,7 @@ def guided(conditional, unconditional, video_scale, audio_scale=AUDIO_SCALE):
     def velocity(video, audio, sigma):
         video_cond, audio_cond = conditional(video, audio, sigma)
         video_uncond, audio_uncond = unconditional(video, audio, sigma)
-        video_velocity = video_uncond + video_scale(sigma) * (video_cond - video_uncond)
-        return video_velocity, audio_uncond + audio_scale * (audio_cond - audio_uncond)
+        video_velocity = guide(video_cond, video_uncond, video_scale(sigma))
+        return video_velocity, guide(audio_cond, audio_uncond, audio_scale)
 
     return velocity
