@@ -37,7 +37,7 @@ def velocity_towards(clean, x, sigma):
 
 
 def base_video_scale(sigma, early=BASE_VIDEO_SCALE, late=BASE_VIDEO_SCALE_LATE):
-    """Return the base model's video guidance at noise level `sigma` (float): `early` above timestep 500, then `late`."""
+    """Return the base model's video guidance at noise level `sigma`: `early` above timestep 500, then `late`."""
     return early if int(1000 * sigma) > BASE_LATE_TIMESTEP else late
 
 
