@@ -4,14 +4,19 @@ from comfy_api.latest import ComfyExtension
 
 from .conditioning import EmptyLatent, FirstImage
 from .decode import Decode, SaveVideo
+from .extend import Continue, Join
 from .files import add_example_image, add_nano_weights
+from .guidance import Guider, NegativePrompt
 from .loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from .prompt import EncodePrompt
 from .sampling import Sampler, SamplerSelect, Sigmas
+from .soundtrack import Soundtrack
+from .super_resolution import SuperResolution
 
 NODES = [
     LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE, LoadAudioVAE,
-    EncodePrompt, EmptyLatent, FirstImage, Sampler, SamplerSelect, Sigmas, Decode, SaveVideo,
+    EncodePrompt, NegativePrompt, EmptyLatent, FirstImage, Soundtrack, Sampler, SuperResolution, Continue, Join,
+    SamplerSelect, Sigmas, Guider, Decode, SaveVideo,
 ]  # fmt: skip
 
 

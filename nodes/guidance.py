@@ -5,6 +5,7 @@ from functools import partial
 import comfy.samplers
 import comfy.utils
 import node_helpers
+import torch
 from comfy_api.latest import io
 
 from ..sampler.conditioning import AUDIO_SCALE, BASE_VIDEO_SCALE, BASE_VIDEO_SCALE_LATE, base_video_scale, guide
@@ -27,13 +28,11 @@ class StreamGuider(comfy.samplers.CFGGuider):
     def __init__(self, model, positive, negative, video_scale, audio_scale):
         """Guide away from `negative`; video_scale: function(sigma) -> number, or tensor that broadcasts to the latent.
 
-        A first image of the positive holds for the negative too: it is part of the clip, not of the wish.
+        The first image of the positive is the negative's too: it is part of the clip, not of the wish.
         """
         super().__init__(model)
         image = positive[0][1].get(FIRST_IMAGE)
-        if image is not None:
-            negative = node_helpers.conditioning_set_values(negative, {FIRST_IMAGE: image})
-        self.set_conds(positive, negative)
+        self.set_conds(positive, node_helpers.conditioning_set_values(negative, {FIRST_IMAGE: image}))
         self.video_scale = video_scale
         self.audio_scale = audio_scale
         self.latent_shapes = None  # of the run
@@ -53,7 +52,8 @@ class StreamGuider(comfy.samplers.CFGGuider):
         (video, audio), (video_negative, audio_negative) = (
             comfy.utils.unpack_latents(args[name], self.latent_shapes) for name in ("cond", "uncond")
         )
-        video = guide(video, video_negative, self.video_scale(float(args["sigma"].max())))
+        video_scale = torch.as_tensor(self.video_scale(float(args["sigma"].max()))).to(video)
+        video = guide(video, video_negative, video_scale)
         return comfy.utils.pack_latents([video, guide(audio, audio_negative, self.audio_scale)])[0]
 
 

@@ -22,6 +22,7 @@ from ..sampler.conditioning import with_first_image
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 
 FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
+FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
 PREVIEW = "happyhorse.preview"  # key in a model file's header: JSON [49][3], colours of the latent channels and a bias
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 # Peak activations of a token, in bytes per hidden channel: the gated MLP in bf16 and fp32, the residual, q, k and v.
@@ -106,6 +107,12 @@ class HappyHorse(comfy.model_base.BaseModel):
         """Collect what one forward needs; texts keep their length (core's own text condition pads by repetition)."""
         text, shapes, first_image = kwargs.get("cross_attn"), kwargs.get("latent_shapes"), kwargs.get(FIRST_IMAGE)
         check_conditions(self.diffusion_model.config, text, shapes, first_image)
+        mask = kwargs.get("denoise_mask")
+        if first_image is not None and mask is not None and mask.flatten()[0] == 0:
+            raise ValueError(
+                "The clip begins twice: the latent holds its first frame, as one from 'HappyHorse Continue' does, and "
+                "the prompt has a first image. Give the sampler the prompt without 'HappyHorse First Image'."
+            )
         conds = {"c_crossattn": comfy.conds.CONDRegular(text), "latent_shapes": comfy.conds.CONDConstant(shapes)}
         if first_image is not None:
             conds["first_image"] = comfy.conds.CONDRegular(first_image)
@@ -224,5 +231,16 @@ def require_generator(model):
         raise ValueError(
             "The model is for super-resolution: it refines a finished clip. Connect it to 'HappyHorse Super "
             "Resolution', and a distilled or base model here."
+        )
+    return happyhorse
+
+
+def require_super_resolution(model):
+    """Return the HappyHorse inside a MODEL that refines clips; ValueError where it makes them from noise."""
+    happyhorse = require_happyhorse(model)
+    if not happyhorse.super_resolution:
+        raise ValueError(
+            f"The model is {happyhorse.variant}, which makes clips from noise; super-resolution wants 540p_sr or "
+            "1080p_sr. Load one with 'Load HappyHorse Model'."
         )
     return happyhorse
