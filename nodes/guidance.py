@@ -43,14 +43,15 @@ class StreamGuider(comfy.samplers.CFGGuider):
         return super().inner_sample(*args, latent_shapes=latent_shapes, **kwargs)
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
-        """Predict the clean latent, as core does, but with `combine` where it mixes the two predictions."""
-        options = {**(model_options or {}), "sampler_cfg_function": self.combine, "disable_cfg1_optimization": True}
+        """Predict the clean latent as core does, with `combine` in place of its mix; other nodes' hooks come after."""
+        options = {**(model_options or {}), "disable_cfg1_optimization": True}
+        options["sampler_post_cfg_function"] = [self.combine, *options.get("sampler_post_cfg_function", [])]
         return super().predict_noise(x, timestep, options, seed)
 
     def combine(self, args):
-        """Mix the packed noise predictions that core passes to a CFG function, stream by stream."""
+        """Mix the packed clean predictions that core passes after its own mix, stream by stream."""
         (video, audio), (video_negative, audio_negative) = (
-            comfy.utils.unpack_latents(args[name], self.latent_shapes) for name in ("cond", "uncond")
+            comfy.utils.unpack_latents(args[name], self.latent_shapes) for name in ("cond_denoised", "uncond_denoised")
         )
         video_scale = torch.as_tensor(self.video_scale(float(args["sigma"].max()))).to(video)
         video = guide(video, video_negative, video_scale)

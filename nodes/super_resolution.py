@@ -25,14 +25,18 @@ from .sampling import run, sample_unipc, seed_input, shift_input
 TRAINED = {"540p_sr": "540p", "1080p_sr": "1080p"}  # resolution of each published network
 
 
+def pixels(video):
+    """Return (width, height) in pixels of a video latent [B,48,T,H,W]."""
+    return PIXELS_PER_LATENT * video.shape[4], PIXELS_PER_LATENT * video.shape[3]
+
+
 def target_size(size, video):
     """Return (width, height) in pixels that the `size` widgets ask for a video latent [B,48,T,H,W]."""
-    width, height = PIXELS_PER_LATENT * video.shape[4], PIXELS_PER_LATENT * video.shape[3]
     if size["size"] == "custom":
         return tuple(PIXELS_PER_LATENT * latent_side(size[side]) for side in ("width", "height"))
     if size["size"] == "factor":
-        return scaled_size(width, height, size["factor"])
-    return size_at(size["size"], width, height)
+        return scaled_size(*pixels(video), size["factor"])
+    return size_at(size["size"], *pixels(video))
 
 
 def remarks(variant, video, width, height, lost_image):
@@ -41,7 +45,7 @@ def remarks(variant, video, width, height, lost_image):
     if lost_image:
         found.append("The first image is not used, because no video VAE is connected to encode it at the new size.")
     if variant in TRAINED:
-        trained = size_at(TRAINED[variant], video.shape[4], video.shape[3])
+        trained = size_at(TRAINED[variant], *pixels(video))
         if (width, height) != trained:
             asked, wanted = f"{width}x{height}", "x".join(map(str, trained))
             found.append(f"{asked} is not what the {variant} model was trained for ({wanted}): expect artefacts.")
@@ -53,10 +57,10 @@ def remarks(variant, video, width, height, lost_image):
 
 def at_new_size(conditioning, vae, height, width):
     """Return the CONDITIONING with its first image, if any, encoded at height x width, or without it if vae is None."""
-    pixels = conditioning[0][1].get(FIRST_IMAGE_PIXELS)
-    if pixels is None or vae is None:
+    image = conditioning[0][1].get(FIRST_IMAGE_PIXELS)
+    if image is None or vae is None:
         return node_helpers.conditioning_set_values(conditioning, {FIRST_IMAGE: None})
-    return with_first_image(conditioning, vae, pixels, height, width)
+    return with_first_image(conditioning, vae, image, height, width)
 
 
 def refine(guider, video, audio, width, height, seed, sigmas, noise_level, align_corners):
