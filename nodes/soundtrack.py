@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sampler.sizes import FPS, video_length
-from ..sampler.soundtrack import covering_frames, encoder_sound, fit_sound
+from ..sampler.soundtrack import at_encoder_rate, covering_frames, fit_sound, mono
 from .held import fit_frames, held_latent, masks
 from .host import require_joint_latent
 from .notice import notice
@@ -21,7 +21,7 @@ def with_soundtrack(latent, audio_vae, audio):
     rate, waveform = audio["sample_rate"], audio["waveform"][:1]
     frames = covering_frames(waveform.shape[-1], rate)
     waveform = fit_sound(waveform, rate, frames)
-    sound = require_audio_vae(audio_vae).encode_soundtrack(encoder_sound(waveform[0], frames)).to(video)
+    sound = require_audio_vae(audio_vae).encode_soundtrack(at_encoder_rate(mono(waveform), frames)).to(video)
     held = held_latent(
         fit_frames(video, video_length(frames)),
         sound.expand(video.shape[0], -1, -1),

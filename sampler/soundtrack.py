@@ -1,4 +1,4 @@
-"""A driving soundtrack as the audio VAE hears it: mono, 51200 Hz, as long as whole groups of pictures."""
+"""Given sound as the audio VAE wants it: 51200 Hz, two channels, as long as whole groups of pictures."""
 
 import math
 
@@ -24,9 +24,21 @@ def fit_sound(waveform, rate, frames):
     return F.pad(waveform, (0, math.ceil(frames * rate / FPS) - waveform.shape[-1]))
 
 
-def encoder_sound(waveform, frames):
-    """Return what the audio VAE makes one latent a frame of: stereo [1, 2, 2048 * frames] at 51200 Hz, sides alike.
+def at_encoder_rate(waveform, frames):
+    """Resample a waveform [..., n] of `frames` pixel frames to 51200 Hz: [..., 2048 * frames], one latent a frame.
 
-    waveform: [C, n] at any rate, n lasting `frames` pixel frames (see `fit_sound`); its channels are averaged.
+    The ends are held for a frame on either side meanwhile: the spectrum takes the end to be followed by the start, and
+    where these differ both would ring (measured: a tenth of the amplitude of a tone, within 1 ms of the end).
     """
-    return resample(waveform.float().mean(0), frames * SAMPLES_PER_LATENT).expand(1, 2, -1)
+    held = F.pad(waveform.float(), (waveform.shape[-1] // frames,) * 2, mode="replicate")
+    return resample(held, (frames + 2) * SAMPLES_PER_LATENT)[..., SAMPLES_PER_LATENT:-SAMPLES_PER_LATENT]
+
+
+def mono(waveform):
+    """Return the mean of a waveform's channels [B, C, n] on both sides: [B, 2, n], as a soundtrack drives the model."""
+    return waveform.mean(1, keepdim=True).expand(-1, 2, -1)
+
+
+def stereo(waveform):
+    """Return a waveform [B, C, n] as [B, 2, n]: itself if it has two channels, else `mono`."""
+    return waveform if waveform.shape[1] == 2 else mono(waveform)
