@@ -13,7 +13,9 @@ from .notice import notice
 from .soundtrack import TRAINED_SECONDS
 from .vae import require_audio_vae, require_video_vae
 
-CONTEXT_FRAMES = 50  # of sound before the shared part: the encoder looks back 7 of them, nano's about 30 (measured)
+CONTEXT_FRAMES = (
+    50  # of sound before the shared part, for the encoder to look back at: 12 are too few for nano's, 25 do
+)
 OVERLAP = 9  # pixel frames: three latent ones
 
 

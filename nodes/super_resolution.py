@@ -153,6 +153,14 @@ class SuperResolution(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, size=None):
+        """Refuse an unknown size: core leaves it out without a word."""
+        if size is None:
+            names = ", ".join(name for name in [*RESOLUTIONS, "factor", "custom"] if name != "256p")
+            raise ValueError(f"size is unknown; expected one of {names}")
+        return True
+
+    @classmethod
     def execute(
         cls, model, positive, latent, seed, size, steps, shift, noise_level, align_corners, guidance, vae=None,
         negative=None,

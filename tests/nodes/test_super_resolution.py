@@ -139,6 +139,12 @@ def test_sizes_outside_the_training_and_stretched_ones_are_told(refiner, prompt,
     assert "its width grows 0.50 times as much as its height" in notices[0]
 
 
+def test_an_unknown_size_is_refused_before_the_run():
+    with pytest.raises(ValueError, match="size is unknown; expected one of 540p, 720p, 1080p, factor, custom"):
+        SuperResolution.validate_inputs()
+    assert SuperResolution.validate_inputs(DOUBLE) is True
+
+
 def test_the_wrong_model_is_named(refiner, loaded, prompt, clip, latent):
     with pytest.raises(ValueError, match="The model is distill, which makes clips from noise; super-resolution wants"):
         refine(loaded[0], prompt, clip)
