@@ -13,9 +13,7 @@ from .notice import notice
 from .soundtrack import TRAINED_SECONDS
 from .vae import require_audio_vae, require_video_vae
 
-CONTEXT_FRAMES = (
-    50  # of sound before the shared part, for the encoder to look back at: 12 are too few for nano's, 25 do
-)
+CONTEXT_FRAMES = 50  # of sound before the shared part, for the encoder to look back at: nano's needs 25, not 12
 OVERLAP = 9  # pixel frames: three latent ones
 
 

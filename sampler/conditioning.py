@@ -1,4 +1,4 @@
-"""What steers a run besides the prompt: the first image, latents that stay clean, and classifier-free guidance."""
+"""What steers a run besides the prompt: the first image and classifier-free guidance."""
 
 import torch
 
@@ -25,15 +25,6 @@ def with_first_image(video, image):
         expected = f"[{batch}, {channels}, 1, {height}, {width}]"
         raise ValueError(f"first image latent has shape {list(image.shape)}; expected {expected}")
     return torch.cat([image.to(video).expand(batch, -1, -1, -1, -1), video[:, :, 1:]], dim=2)
-
-
-def velocity_towards(clean, x, sigma):
-    """Return the velocity at which `x - sigma * velocity` is exactly on `clean`, up to rounding.
-
-    clean, x: same shape; sigma: float in (0, 1] or a tensor that broadcasts. It holds a conditioned latent still inside
-    any sampler: the network hears the clean latent, the sampler gets this velocity.
-    """
-    return (x - clean) / sigma
 
 
 def base_video_scale(sigma, early=BASE_VIDEO_SCALE, late=BASE_VIDEO_SCALE_LATE):
