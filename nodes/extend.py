@@ -109,9 +109,9 @@ class Continue(io.ComfyNode):
         """Encode the end of the clip and make room after it."""
         vae, audio_vae = require_video_vae(vae), require_audio_vae(audio_vae)
         latent = continuation(images, audio, vae, audio_vae, seconds, overlap)
-        length = latent["samples"].unbind()[1].shape[2] / FPS
-        if length > TRAINED_SECONDS:
-            notice(cls, f"The new clip is {length:.1f} s long, more than the {TRAINED_SECONDS} s of the training.")
+        frames = latent["samples"].unbind()[1].shape[2]
+        longer = f", more than the {TRAINED_SECONDS} s of the training" if frames > TRAINED_SECONDS * FPS else ""
+        notice(cls, f"The new clip has {frames} pictures, {frames / FPS:.2f} s{longer}; {overlap} are the old one's.")
         return io.NodeOutput(latent, overlap)
 
 

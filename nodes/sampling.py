@@ -154,15 +154,14 @@ class Sampler(io.ComfyNode):
         start = require_joint_latent(latent)
         model = with_shift(model, shift)
         if variant == "base":
-            function, trained_steps = sample_unipc, BASE_STEPS
+            function, steps, told = sample_unipc, steps or BASE_STEPS, "FlowUniPC"
             guider = base_guider(model, positive, negative, guidance, late_guidance, audio_guidance)
         else:
-            function, trained_steps, guider = sample_renoise, DISTILL_STEPS, unguided(model, positive)
-            if negative is not None:
-                notice(cls, "This model is distilled and runs without guidance: the negative prompt is not used.")
+            function, steps, guider = sample_renoise, steps or DISTILL_STEPS, unguided(model, positive)
+            told = "distilled, without guidance" + (": negative is not used" if negative is not None else "")
+        notice(cls, f"{steps} steps, {told}")
         noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
-        sigmas = flow_sigmas(steps or trained_steps, shift)
-        sampled = run(guider, function, sigmas, noise, start, seed, latent.get("noise_mask"))
+        sampled = run(guider, function, flow_sigmas(steps, shift), noise, start, seed, latent.get("noise_mask"))
         return io.NodeOutput({**latent, "samples": sampled})
 
 

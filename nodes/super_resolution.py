@@ -170,8 +170,7 @@ class SuperResolution(io.ComfyNode):
         video, audio = require_joint_latent(latent).unbind()
         width, height = target_size(size, video)
         lost_image = vae is None and FIRST_IMAGE_PIXELS in positive[0][1]
-        if notes := remarks(variant, video, width, height, lost_image):
-            notice(cls, " ".join(notes))
+        notice(cls, "\n".join([f"{width}x{height}", *remarks(variant, video, width, height, lost_image)]))
         guider = super_resolution_guider(
             with_shift(model, shift), at_new_size(positive, vae, height, width), negative, video.shape[2], guidance
         )

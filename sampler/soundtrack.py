@@ -25,7 +25,7 @@ def fit_sound(waveform, rate, frames):
 
 
 def at_encoder_rate(waveform, frames):
-    """Resample a waveform [..., n] of `frames` pixel frames to 51200 Hz: [..., 2048 * frames], one latent a frame.
+    """Resample a waveform [B, C, n] of `frames` pixel frames to 51200 Hz: [B, C, 2048 * frames], one latent a frame.
 
     The ends are held for a frame on either side meanwhile: the spectrum takes the end to be followed by the start, and
     where these differ both would ring (measured: a tenth of the amplitude of a tone, within 1 ms of the end).

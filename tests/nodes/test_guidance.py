@@ -74,11 +74,12 @@ def test_a_stock_graph_gives_the_nodes_result(base, prompt, negative, latent):
     assert equal(stock, sample(base, prompt, latent, SEED, 6, 5.0, negative))
 
 
-def test_without_a_number_of_steps_it_takes_the_models_own(base, loaded, prompt, negative, latent):
+def test_without_a_number_of_steps_it_takes_the_models_own(base, loaded, prompt, negative, latent, notices):
     assert equal(
         sample(base, prompt, latent, SEED, 0, 5.0, negative), sample(base, prompt, latent, SEED, 32, 5.0, negative)
     )
     assert equal(sample(loaded[0], prompt, latent, SEED, 0, 5.0), sample(loaded[0], prompt, latent, SEED, 8, 5.0))
+    assert notices == ["32 steps, FlowUniPC"] * 2 + ["8 steps, distilled, without guidance"] * 2
 
 
 def test_every_scale_counts(base, prompt, negative, latent):
@@ -112,8 +113,9 @@ def test_a_missing_negative_is_named(base, prompt, latent):
 
 def test_a_distilled_model_says_that_it_uses_no_negative(loaded, prompt, negative, latent, notices):
     given = sample(loaded[0], prompt, latent, SEED, 2, 5.0, negative)
-    assert notices == ["This model is distilled and runs without guidance: the negative prompt is not used."]
     assert equal(given, sample(loaded[0], prompt, latent, SEED, 2, 5.0))
+    plain = "2 steps, distilled, without guidance"
+    assert notices == [f"{plain}: negative is not used", plain]
 
 
 def test_the_negative_prompt_is_a_prompt_with_words_to_start_from(loaded):

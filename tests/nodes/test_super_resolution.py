@@ -104,7 +104,7 @@ def test_the_first_image_is_encoded_again_at_the_new_size(refiner, loaded, laten
 def test_a_first_image_without_a_vae_is_left_out_and_told(refiner, image_prompt, clip, notices):
     video = refine(refiner, image_prompt, clip)["samples"].unbind()[0]
     torch.testing.assert_close(video, published(refiner, clip, text=image_prompt[0][0]), atol=1e-5, rtol=0)
-    assert "The first image is not used, because no video VAE is connected" in notices[0]
+    assert "The first image is not used, because no video VAE is connected" in notices[-1]
 
 
 def test_a_driving_soundtrack_passes_on(refiner, loaded, prompt, latent):
@@ -135,8 +135,9 @@ def test_sizes(clip, size, expected):
 
 def test_sizes_outside_the_training_and_stretched_ones_are_told(refiner, prompt, clip, notices):
     refine(refiner, prompt, clip, {"size": "custom", "width": 128, "height": 128}, steps=1)
-    assert "128x128 is not what the 1080p_sr model was trained for (2048x1024): expect artefacts." in notices[0]
-    assert "its width grows 0.50 times as much as its height" in notices[0]
+    assert notices[-1].startswith("128x128\n")
+    assert "128x128 is not what the 1080p_sr model was trained for (2048x1024): expect artefacts." in notices[-1]
+    assert "its width grows 0.50 times as much as its height" in notices[-1]
 
 
 def test_an_unknown_size_is_refused_before_the_run():
