@@ -4,15 +4,20 @@ from comfy_api.latest import ComfyExtension
 
 from .conditioning import EmptyLatent, FirstImage
 from .decode import Decode, SaveVideo
+from .extend import Continue, Join
 from .files import add_examples, add_nano_weights
+from .guidance import Guider, NegativePrompt
 from .loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from .lora import register_lora_names
 from .prompt import EncodePrompt, PromptBuilder
 from .sampling import Sampler, SamplerSelect, Sigmas
+from .soundtrack import Soundtrack
+from .super_resolution import SuperResolution
 
 NODES = [
     LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE, LoadAudioVAE,
-    PromptBuilder, EncodePrompt, EmptyLatent, FirstImage, Sampler, SamplerSelect, Sigmas, Decode, SaveVideo,
+    PromptBuilder, EncodePrompt, NegativePrompt, EmptyLatent, FirstImage, Soundtrack, Sampler, SuperResolution,
+    Continue, Join, SamplerSelect, Sigmas, Guider, Decode, SaveVideo,
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from ..sampler.sizes import (
     pixel_size,
     video_length,
 )
-from .host import FIRST_IMAGE, require_joint_latent
+from .host import FIRST_IMAGE, FIRST_IMAGE_PIXELS, require_joint_latent
 from .notice import notice
 from .vae import require_video_vae
 
@@ -45,7 +45,8 @@ def _ratio_input():
     )
 
 
-def _side_input(id, default):
+def side_input(id, default):
+    """Return the widget of a side in pixels."""
     return io.Int.Input(
         id,
         default=default,
@@ -57,6 +58,15 @@ def _side_input(id, default):
     )
 
 
+def with_first_image(conditioning, vae, image, height, width):
+    """Return the CONDITIONING that holds frame 0 of a clip of height x width pixels to `image` [H,W,3] in [0,1].
+
+    The pixels stay with it, because super-resolution encodes the same image at its own size.
+    """
+    encoded = require_video_vae(vae).encode_first_image(image, height, width)
+    return node_helpers.conditioning_set_values(conditioning, {FIRST_IMAGE: encoded, FIRST_IMAGE_PIXELS: image})
+
+
 class EmptyLatent(io.ComfyNode):
     """A joint latent for picture and sound."""
 
@@ -64,7 +74,7 @@ class EmptyLatent(io.ComfyNode):
     def define_schema(cls):
         """Describe the node."""
         by_name = [io.DynamicCombo.Option(name, [_ratio_input()]) for name in RESOLUTIONS]
-        custom = io.DynamicCombo.Option("custom", [_side_input("width", 448), _side_input("height", 256)])
+        custom = io.DynamicCombo.Option("custom", [side_input("width", 448), side_input("height", 256)])
         return io.Schema(
             node_id="HappyHorseEmptyLatent",
             display_name="HappyHorse Empty Latent",
@@ -144,7 +154,8 @@ class FirstImage(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(
-                    tooltip="Connect to HappyHorse Sampler; with guidance, do the same to the negative."
+                    tooltip="Connect to HappyHorse Sampler, and to HappyHorse Super Resolution after it. Stock guiders "
+                    "want the same done to the negative; ours do it themselves."
                 )
             ],
         )
@@ -153,5 +164,4 @@ class FirstImage(io.ComfyNode):
     def execute(cls, conditioning, vae, latent, image):
         """Encode the image at the clip's size and keep it with the prompt."""
         video, _ = require_joint_latent(latent).unbind()
-        encoded = require_video_vae(vae).encode_first_image(image[0], 16 * video.shape[3], 16 * video.shape[4])
-        return io.NodeOutput(node_helpers.conditioning_set_values(conditioning, {FIRST_IMAGE: encoded}))
+        return io.NodeOutput(with_first_image(conditioning, vae, image[0], 16 * video.shape[3], 16 * video.shape[4]))

@@ -7,17 +7,35 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types, io, ui
 
+from ..model_loader.core_vae import resample
 from ..sampler.sizes import FPS
 from .host import require_joint_latent
+from .soundtrack import original_sound
 from .vae import require_audio_vae, require_video_vae
+
+AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # Hz, ISO 14496-3
 
 
 def decode_joint(latent, vae, audio_vae):
-    """Decode a joint LATENT to IMAGE [frames,H,W,3] in [0,1] and AUDIO at 44100 Hz, neither scaled nor normalised."""
+    """Decode a joint LATENT to IMAGE [frames,H,W,3] in [0,1] and AUDIO at 44100 Hz, neither scaled nor normalised.
+
+    A driving soundtrack comes back as it was given, at its own rate, and needs no audio VAE.
+    """
     video, audio = require_joint_latent(latent).unbind()
-    images = require_video_vae(vae).decode(video)
+    images = require_video_vae(vae).decode(video).flatten(0, 1)
+    soundtrack = original_sound(latent)
+    if soundtrack is not None:
+        return images, soundtrack
     waveform = require_audio_vae(audio_vae).decode(audio).movedim(-1, 1)
-    return images.flatten(0, 1), {"waveform": waveform, "sample_rate": audio_vae.audio_sample_rate}
+    return images, {"waveform": waveform, "sample_rate": audio_vae.audio_sample_rate}
+
+
+def writable(audio):
+    """Return the AUDIO at a rate that AAC has: its own, or else 48000 Hz; None where there is none."""
+    if audio is None or audio["sample_rate"] in AAC_RATES:
+        return audio
+    samples = round(audio["waveform"].shape[-1] * 48000 / audio["sample_rate"])
+    return {"waveform": resample(audio["waveform"], samples), "sample_rate": 48000}
 
 
 class Decode(io.ComfyNode):
@@ -39,7 +57,10 @@ class Decode(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(tooltip="Frames, 25 a second."),
-                io.Audio.Output(tooltip="Stereo sound at 44100 Hz, at the level the model made it."),
+                io.Audio.Output(
+                    tooltip="Stereo sound at 44100 Hz, at the level the model made it; a driving soundtrack as it was "
+                    "given."
+                ),
             ],
         )
 
@@ -98,7 +119,7 @@ class SaveVideo(io.ComfyNode):
             filename_prefix, folder_paths.get_output_directory(), images.shape[2], images.shape[1]
         )
         file = f"{name}_{counter:05}_.mp4"
-        components = Types.VideoComponents(images=images, audio=audio, frame_rate=Fraction(FPS))
+        components = Types.VideoComponents(images=images, audio=writable(audio), frame_rate=Fraction(FPS))
         InputImpl.VideoFromComponents(components).save_to(str(Path(folder) / file), metadata=cls.workflow_metadata())
         preview = ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
         return io.NodeOutput(InputImpl.VideoFromFile(str(Path(folder) / file)), ui=preview)

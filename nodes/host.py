@@ -10,16 +10,19 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
+import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
 
 from ..model_loader.checkpoint import Checkpoint
+from ..model_loader.detect import describe
 from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 
 FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
+FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
 PREVIEW = "happyhorse.preview"  # key in a model file's header: JSON [49][3], colours of the latent channels and a bias
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 # Peak activations of a token, in bytes per hidden channel: the gated MLP in bf16 and fp32, the residual, q, k and v.
@@ -73,12 +76,19 @@ class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_s
 class HappyHorse(comfy.model_base.BaseModel):
     """Joint video and sound model: latents are NestedTensor((video [B,48,T,H,W], audio [B,64,L])), fp32 all the way."""
 
-    def __init__(self, network, weight_dtype):
+    def __init__(self, network, weight_dtype, variant):
+        """Wrap a DiT; `variant` ("distill", "base", "540p_sr", "1080p_sr") says how it is sampled."""
         config = ModelConfig({"disable_unet_model_creation": True, "dtype": weight_dtype})
         super().__init__(config, comfy.model_base.ModelType.FLOW)
+        self.variant = variant
         self.diffusion_model = network.eval().requires_grad_(False)
         self.model_sampling = FlowSampling(config)
         comfy.model_management.archive_model_dtypes(network)
+
+    @property
+    def super_resolution(self):
+        """Whether the network refines a finished clip; only such networks count positions that way."""
+        return self.diffusion_model.config.positions == "v1"
 
     def get_dtype(self):
         """Return the dtype of the linears."""
@@ -97,6 +107,12 @@ class HappyHorse(comfy.model_base.BaseModel):
         """Collect what one forward needs; texts keep their length (core's own text condition pads by repetition)."""
         text, shapes, first_image = kwargs.get("cross_attn"), kwargs.get("latent_shapes"), kwargs.get(FIRST_IMAGE)
         check_conditions(self.diffusion_model.config, text, shapes, first_image)
+        mask = kwargs.get("denoise_mask")
+        if first_image is not None and mask is not None and mask.flatten()[0] == 0:
+            raise ValueError(
+                "The clip begins twice: the latent holds its first frame, as one from 'HappyHorse Continue' does, and "
+                "the prompt has a first image. Give the sampler the prompt without 'HappyHorse First Image'."
+            )
         conds = {"c_crossattn": comfy.conds.CONDRegular(text), "latent_shapes": comfy.conds.CONDConstant(shapes)}
         if first_image is not None:
             conds["first_image"] = comfy.conds.CONDRegular(first_image)
@@ -106,14 +122,27 @@ class HappyHorse(comfy.model_base.BaseModel):
         """Return the clean latent: where a noise mask is 0, the network was trained to see no noise."""
         return latent_image
 
-    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, *args, latent_shapes, first_image=None, **kwargs):
+    def _apply_model(
+        self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, *,
+        latent_shapes, first_image=None, **kwargs,
+    ):  # fmt: skip
         """Denoise packed latents x [B,1,N] at noise level t [B]; a first image [B,48,1,H,W] takes frame 0's place."""
         noisy_video, noisy_audio = comfy.utils.unpack_latents(x.float(), latent_shapes)
-        video = with_first_image(noisy_video, first_image)
-        velocity_video, velocity_audio = self.diffusion_model(video, noisy_audio.transpose(1, 2), c_crossattn.to(video))
+        # Copies, with the sound as [B,1,L,64]: core's EasyCache adds to its input in place and cuts axis 1 at 48.
+        streams = [with_first_image(noisy_video, first_image).clone(), noisy_audio.transpose(1, 2)[:, None].clone()]
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        forward = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        velocity_video, velocity_audio = forward.execute(streams, c_crossattn, options)
         denoised_video = self.model_sampling.calculate_denoised(t, velocity_video, noisy_video)
-        denoised_audio = self.model_sampling.calculate_denoised(t, velocity_audio.transpose(1, 2), noisy_audio)
+        denoised_audio = self.model_sampling.calculate_denoised(t, velocity_audio[:, 0].transpose(1, 2), noisy_audio)
         return comfy.utils.pack_latents([with_first_image(denoised_video, first_image), denoised_audio])[0]
+
+    def _forward(self, streams, text, transformer_options):
+        """Run the network on [video [B,48,T,H,W], audio [B,1,L,64]] -> their velocities: the call that caches wrap."""
+        video, audio = streams
+        velocity_video, velocity_audio = self.diffusion_model(video, audio[:, 0], text.to(video))
+        return [velocity_video, velocity_audio[:, None]]
 
 
 def check_conditions(config, text, shapes, first_image):
@@ -143,8 +172,9 @@ def check_conditions(config, text, shapes, first_image):
 def load_model(path, weight_dtype, disable_dynamic=False):
     """Read a DiT file or sharded folder into a MODEL (ModelPatcher); `disable_dynamic` is core's, for weight hooks."""
     network = load_dit(path, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
-    model = HappyHorse(network, weight_dtype)
-    colours = Checkpoint.open(path).metadata.get(PREVIEW)
+    checkpoint = Checkpoint.open(path)
+    model = HappyHorse(network, weight_dtype, describe(checkpoint).variant)
+    colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
         model.latent_format.use_colours(json.loads(colours))
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -155,6 +185,17 @@ def load_model(path, weight_dtype, disable_dynamic=False):
     )
     patcher.cached_patcher_init = (load_model, (path, weight_dtype))
     return patcher
+
+
+def with_shift(model, shift):
+    """Return the MODEL with its table of noise levels at `shift`: a schedule of that shift starts at its top."""
+    if model.get_model_object("model_sampling").shift == shift:
+        return model
+    sampling = FlowSampling(model.model.model_config)
+    sampling.set_parameters(shift)
+    shifted = model.clone()
+    shifted.add_object_patch("model_sampling", sampling)
+    return shifted
 
 
 def default_weight_dtype():
@@ -181,3 +222,25 @@ def require_happyhorse(model):
             f"The model is {type(model.model).__name__}, expected HappyHorse. Connect the MODEL of 'Load HappyHorse'."
         )
     return model.model
+
+
+def require_generator(model):
+    """Return the HappyHorse inside a MODEL that makes clips from noise; ValueError where it is for super-resolution."""
+    happyhorse = require_happyhorse(model)
+    if happyhorse.super_resolution:
+        raise ValueError(
+            "The model is for super-resolution: it refines a finished clip. Connect it to 'HappyHorse Super "
+            "Resolution', and a distilled or base model here."
+        )
+    return happyhorse
+
+
+def require_super_resolution(model):
+    """Return the HappyHorse inside a MODEL that refines clips; ValueError where it makes them from noise."""
+    happyhorse = require_happyhorse(model)
+    if not happyhorse.super_resolution:
+        raise ValueError(
+            f"The model is {happyhorse.variant}, which makes clips from noise; super-resolution wants 540p_sr or "
+            "1080p_sr. Load one with 'Load HappyHorse Model'."
+        )
+    return happyhorse

@@ -1,17 +1,21 @@
-"""The sampler: as one node, and as SAMPLER and SIGMAS for SamplerCustomAdvanced."""
+"""The samplers: as one node, and as SAMPLER and SIGMAS for SamplerCustomAdvanced."""
 
 import comfy.k_diffusion.sampling
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
+from ..sampler.conditioning import AUDIO_SCALE, BASE_VIDEO_SCALE, BASE_VIDEO_SCALE_LATE
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
-from ..sampler.steps import renoise_step
-from .host import require_happyhorse, require_joint_latent
+from ..sampler.steps import UniPC, renoise_step
+from .guidance import base_guider, guidance_inputs, unguided
+from .host import require_generator, require_joint_latent, with_shift
+from .notice import notice
 
-DISTILL_STEPS = 8
+DISTILL_STEPS, BASE_STEPS = 8, 32
 
 
 def sample_renoise(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
@@ -20,31 +24,73 @@ def sample_renoise(model, x, sigmas, extra_args=None, callback=None, disable=Non
     A k-diffusion function: model(x, sigma) -> denoised; x packed latents [B,1,N] fp32; sigmas [steps + 1] falling to 0.
     Step noise comes from the seed the way core's `lcm` draws it.
     """
-    extra_args = extra_args or {}
-    noise_sampler = noise_sampler or comfy.k_diffusion.sampling.default_noise_sampler(x, seed=extra_args.get("seed"))
+    seed = (extra_args or {}).get("seed")
+    noise_sampler = noise_sampler or comfy.k_diffusion.sampling.default_noise_sampler(x, seed=seed)
+
+    def advance(i, x, denoised):
+        if sigmas[i + 1] == 0:
+            return denoised
+        # sigma 0: the guider has taken the velocity off already
+        return renoise_step(denoised, denoised, noise_sampler(sigmas[i], sigmas[i + 1]), 0.0, sigmas[i + 1])
+
+    return _walk(model, x, sigmas, advance, extra_args, callback, disable)
+
+
+def sample_unipc(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Sample with FlowUniPC, as the base and super-resolution models want it; arguments as `sample_renoise`, no noise.
+
+    Each value of the packed latents is solved on its own, so one solver serves picture and sound.
+    """
+    solver = UniPC(sigmas)
+    return _walk(model, x, sigmas, lambda i, x, denoised: solver.step(x, denoised), extra_args, callback, disable)
+
+
+SAMPLERS = {"renoise": sample_renoise, "unipc": sample_unipc}
+
+
+def _walk(model, x, sigmas, advance, extra_args, callback, disable):
+    """Go through the noise levels: predict the clean latents, report them, advance(i, x, denoised) to the next."""
     for i in comfy.k_diffusion.sampling.trange(len(sigmas) - 1, disable=disable):
-        denoised = model(x, sigmas[i].expand(x.shape[0]), **extra_args)
+        denoised = model(x, sigmas[i].expand(x.shape[0]), **(extra_args or {}))
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        x = denoised
-        if sigmas[i + 1] > 0:
-            # sigma 0: the guider has taken the velocity off already
-            x = renoise_step(x, x, noise_sampler(sigmas[i], sigmas[i + 1]), 0.0, sigmas[i + 1])
+        x = advance(i, x, denoised)
     return x
 
 
-def _steps_input():
+def run(guider, function, sigmas, noise, start, seed, noise_mask=None):
+    """Sample joint latents through a guider of core's, with LoRA, previews, interrupt and memory management.
+
+    function: one of SAMPLERS; noise, start: NestedTensor (video, audio); returns one like them.
+    """
+    sampled = guider.sample(
+        noise,
+        start,
+        comfy.samplers.KSAMPLER(function),
+        sigmas,
+        denoise_mask=noise_mask,
+        callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return sampled.to(comfy.model_management.intermediate_device())
+
+
+def seed_input():
+    """Return the seed's widget."""
     return io.Int.Input(
-        "steps",
-        default=DISTILL_STEPS,
-        min=1,
-        max=100,
-        tooltip="Forward passes; time grows with them. The distilled models (and nano) were trained for 8: fewer blur, "
-        "more change little.",
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="Number the noise is drawn from: the same seed and settings give the same clip, another seed another "
+        "take.",
     )
 
 
-def _shift_input():
+def shift_input():
+    """Return the schedule's shift."""
     return io.Float.Input(
         "shift",
         default=DEFAULT_SHIFT,
@@ -58,7 +104,7 @@ def _shift_input():
 
 
 class Sampler(io.ComfyNode):
-    """The eight-step sampler in one node."""
+    """The sampler in one node."""
 
     @classmethod
     def define_schema(cls):
@@ -67,23 +113,31 @@ class Sampler(io.ComfyNode):
             node_id="HappyHorseSampler",
             display_name="HappyHorse Sampler",
             category="HappyHorse",
-            description="Makes picture and sound together: 8 steps, no guidance, for the distilled model and nano.",
+            description="Makes picture and sound together, the way the model was trained: 8 steps without guidance for "
+            "the distilled model and nano, 32 steps with guidance for base.",
             search_aliases=["happyhorse ksampler", "generate"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model, from Load HappyHorse."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from HappyHorse Prompt or First Image."),
-                io.Latent.Input("latent", tooltip="Size and length, from HappyHorse Empty Latent."),
+                io.Latent.Input("latent", tooltip="Size and length, from Empty Latent, Soundtrack or Continue."),
+                seed_input(),
                 io.Int.Input(
-                    "seed",
+                    "steps",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Number the noise is drawn from: the same seed and settings give the same clip, another "
-                    "seed another take.",
+                    max=100,
+                    tooltip="Forward passes; time grows with them. 0: as the model was trained, 8 for the distilled "
+                    "ones (and nano), 32 for base. Fewer blur, more change little.",
                 ),
-                _steps_input(),
-                _shift_input(),
+                shift_input(),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to avoid, from HappyHorse Negative Prompt. The base model needs it, the distilled "
+                    "ones do not use it. A first image need not be given to it again.",
+                ),
+                *guidance_inputs(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="Picture and sound. Connect to HappyHorse Save Video or HappyHorse Decode.")
@@ -91,29 +145,28 @@ class Sampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, latent, seed, steps, shift):
-        """Sample through core's guider, so that LoRA, previews, interrupt and memory management apply."""
-        require_happyhorse(model)
-        samples = require_joint_latent(latent)
-        sampled = comfy.sample.sample_custom(
-            model,
-            comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
-            cfg=1.0,
-            sampler=comfy.samplers.KSAMPLER(sample_renoise),
-            sigmas=flow_sigmas(steps, shift),
-            positive=positive,
-            negative=[],
-            latent_image=samples,
-            noise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
+    def execute(
+        cls, model, positive, latent, seed, steps, shift, negative=None, guidance=BASE_VIDEO_SCALE,
+        late_guidance=BASE_VIDEO_SCALE_LATE, audio_guidance=AUDIO_SCALE,
+    ):  # fmt: skip
+        """Choose guider, sampler and steps by the model's variant, and run them."""
+        variant = require_generator(model).variant
+        start = require_joint_latent(latent)
+        model = with_shift(model, shift)
+        if variant == "base":
+            function, steps, told = sample_unipc, steps or BASE_STEPS, "FlowUniPC"
+            guider = base_guider(model, positive, negative, guidance, late_guidance, audio_guidance)
+        else:
+            function, steps, guider = sample_renoise, steps or DISTILL_STEPS, unguided(model, positive)
+            told = "distilled, without guidance" + (": negative is not used" if negative is not None else "")
+        notice(cls, f"{steps} steps, {told}")
+        noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+        sampled = run(guider, function, flow_sigmas(steps, shift), noise, start, seed, latent.get("noise_mask"))
         return io.NodeOutput({**latent, "samples": sampled})
 
 
 class SamplerSelect(io.ComfyNode):
-    """The sampler for SamplerCustomAdvanced."""
+    """The samplers for SamplerCustomAdvanced."""
 
     @classmethod
     def define_schema(cls):
@@ -122,16 +175,25 @@ class SamplerSelect(io.ComfyNode):
             node_id="HappyHorseSamplerSelect",
             display_name="HappyHorse Sampler Select",
             category="HappyHorse/custom sampling",
-            description="The 8-step sampler of the distilled model as a SAMPLER, for SamplerCustomAdvanced.",
-            search_aliases=["happyhorse renoise"],
-            inputs=[],
+            description="The models' own samplers as a SAMPLER, for SamplerCustomAdvanced.",
+            search_aliases=["happyhorse renoise", "happyhorse unipc", "flowunipc"],
+            inputs=[
+                io.Combo.Input(
+                    "sampler_name",
+                    options=list(SAMPLERS),
+                    default="renoise",
+                    optional=True,
+                    tooltip="renoise: for the distilled model and nano, without guidance. unipc: FlowUniPC, for base "
+                    "(with HappyHorse Guider) and for super-resolution.",
+                )
+            ],
             outputs=[io.Sampler.Output(tooltip="Connect to SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls):
+    def execute(cls, sampler_name="renoise"):
         """Wrap the sampling function."""
-        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_renoise))
+        return io.NodeOutput(comfy.samplers.KSAMPLER(SAMPLERS[sampler_name]))
 
 
 class Sigmas(io.ComfyNode):
@@ -147,7 +209,17 @@ class Sigmas(io.ComfyNode):
             description="The noise levels the models were trained with, for SamplerCustomAdvanced: 8 steps for the "
             "distilled model, 32 for base.",
             search_aliases=["happyhorse scheduler", "happyhorse schedule"],
-            inputs=[_steps_input(), _shift_input()],
+            inputs=[
+                io.Int.Input(
+                    "steps",
+                    default=DISTILL_STEPS,
+                    min=1,
+                    max=100,
+                    tooltip="Forward passes; time grows with them: 8 for the distilled model and nano, 32 for base, 5 "
+                    "for super-resolution.",
+                ),
+                shift_input(),
+            ],
             outputs=[io.Sigmas.Output(tooltip="Connect to SamplerCustomAdvanced.")],
         )
 

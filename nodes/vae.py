@@ -9,6 +9,7 @@ import torch
 from ..model_loader.core_vae import PLAYBACK_RATE, resample
 from ..model_loader.load import load_audio_vae, load_video_vae
 from ..model_loader.turbo_vae import TurboVAE
+from ..sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows
 from ..sampler.media import first_image
 
 # Values held at once for each pixel of the clip's area, as a multiple of the decoder's width at full resolution: a few
@@ -102,6 +103,16 @@ class AudioVAE(HappyHorseVAE):
         self.process_input = self.process_output = lambda waveform: waveform
         self.memory_used_decode = lambda shape, dtype: values * shape[-1] * hop * dtype.itemsize
         self.memory_used_encode = lambda shape, dtype: values * shape[-1] * dtype.itemsize
+
+    def encode_soundtrack(self, waveform):
+        """Encode stereo [1,2,n] at 51200 Hz -> latent [1,64,n // 2048], beyond 29 s in windows as published."""
+        longest = min(waveform.shape[-1], WINDOW_LATENTS * SAMPLES_PER_LATENT)
+        memory = self.memory_used_encode((1, 2, longest), self.vae_dtype)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
+        network = self.first_stage_model.network
+        return encode_in_windows(
+            lambda part: network.encode(part.to(self.device, self.vae_dtype)).to(self.output_device), waveform
+        )
 
 
 def load_video(path):

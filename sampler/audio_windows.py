@@ -29,13 +29,17 @@ def encode_in_windows(encode, waveform):
 def merge_windows(windows, axis):
     """Join windows of one length along `axis`; neighbours share half of it and cross-fade linearly there."""
     shared = int(windows[0].shape[axis] * OVERLAP)
-    shape = [1] * windows[0].ndim
-    shape[axis] = shared
-    rise = (torch.arange(shared, dtype=torch.float32, device=windows[0].device) / shared).view(shape)
     merged = windows[0]
     for window in windows[1:]:
-        kept = merged.shape[axis] - shared
-        before, fading = merged.split([kept, shared], dim=axis)
-        growing, after = window.split([shared, window.shape[axis] - shared], dim=axis)
-        merged = torch.cat([before, fading * (1 - rise) + growing * rise, after], dim=axis)
+        merged = cross_fade(merged, window, shared, axis)
     return merged
+
+
+def cross_fade(first, second, shared, axis):
+    """Join two tensors along `axis`: the last `shared` places of the first fade linearly into as many of the second."""
+    shape = [1] * first.ndim
+    shape[axis] = shared
+    rise = (torch.arange(shared, dtype=torch.float32, device=first.device) / shared).view(shape)
+    before, fading = first.split([first.shape[axis] - shared, shared], dim=axis)
+    growing, after = second.split([shared, second.shape[axis] - shared], dim=axis)
+    return torch.cat([before, fading * (1 - rise) + growing * rise, after], dim=axis)

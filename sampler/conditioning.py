@@ -1,4 +1,4 @@
-"""What steers a run besides the prompt: the first image, latents that stay clean, and classifier-free guidance."""
+"""What steers a run besides the prompt: the first image and classifier-free guidance."""
 
 import torch
 
@@ -27,18 +27,9 @@ def with_first_image(video, image):
     return torch.cat([image.to(video).expand(batch, -1, -1, -1, -1), video[:, :, 1:]], dim=2)
 
 
-def velocity_towards(clean, x, sigma):
-    """Return the velocity at which `x - sigma * velocity` is exactly on `clean`, up to rounding.
-
-    clean, x: same shape; sigma: float in (0, 1] or a tensor that broadcasts. It holds a conditioned latent still inside
-    any sampler: the network hears the clean latent, the sampler gets this velocity.
-    """
-    return (x - clean) / sigma
-
-
-def base_video_scale(sigma):
-    """Return the base model's video guidance at noise level `sigma` (float): 5.0 above timestep 500, then 2.0."""
-    return BASE_VIDEO_SCALE if int(1000 * sigma) > BASE_LATE_TIMESTEP else BASE_VIDEO_SCALE_LATE
+def base_video_scale(sigma, early=BASE_VIDEO_SCALE, late=BASE_VIDEO_SCALE_LATE):
+    """Return the base model's video guidance at noise level `sigma`: `early` above timestep 500, then `late`."""
+    return early if int(1000 * sigma) > BASE_LATE_TIMESTEP else late
 
 
 def sr_video_scale(frames, scale=SR_VIDEO_SCALE, device=None):
@@ -48,8 +39,16 @@ def sr_video_scale(frames, scale=SR_VIDEO_SCALE, device=None):
     return scales
 
 
+def guide(conditional, unconditional, scale):
+    """Return classifier-free guidance: uncond + scale * (cond - uncond); velocities or clean predictions, same shape.
+
+    scale: number, or a tensor that broadcasts. 1 is the prompt alone, 0 the negative prompt alone.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
 def guided(conditional, unconditional, video_scale, audio_scale=AUDIO_SCALE):
-    """Return a velocity function with classifier-free guidance: uncond + scale * (cond - uncond), per stream.
+    """Return a velocity function that guides each stream on its own, see `guide`.
 
     conditional, unconditional: function(video, audio, sigma) -> (video velocity, audio velocity), for the prompt and
     for the negative prompt. video_scale: function(sigma) -> number, or tensor that broadcasts to the velocity.
@@ -58,7 +57,7 @@ def guided(conditional, unconditional, video_scale, audio_scale=AUDIO_SCALE):
     def velocity(video, audio, sigma):
         video_cond, audio_cond = conditional(video, audio, sigma)
         video_uncond, audio_uncond = unconditional(video, audio, sigma)
-        video_velocity = video_uncond + video_scale(sigma) * (video_cond - video_uncond)
-        return video_velocity, audio_uncond + audio_scale * (audio_cond - audio_uncond)
+        video_velocity = guide(video_cond, video_uncond, video_scale(sigma))
+        return video_velocity, guide(audio_cond, audio_uncond, audio_scale)
 
     return velocity

@@ -67,7 +67,7 @@ def denoise_unipc(velocity, video, audio, sigmas, *, image=None, keep_audio=Fals
     solvers = {"video": UniPC(sigmas), "audio": UniPC(sigmas)}
 
     def advance(stream, x, stream_velocity, sigma, sigma_next):
-        return solvers[stream].step(x, stream_velocity)
+        return solvers[stream].step(x, x - sigma * stream_velocity)
 
     return _denoise(velocity, video, audio, sigmas, advance, image, keep_audio, on_step)
 

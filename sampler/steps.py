@@ -24,10 +24,10 @@ def _log_snr(sigma):
 
 
 class UniPC:
-    """UniPC (arXiv 2302.04867) of order 2, B(h) = e^h - 1, predicting the clean latent: one object a stream and run.
+    """UniPC (arXiv 2302.04867) of order 2, B(h) = e^h - 1, predicting the clean latent: one object a latent and run.
 
-    sigmas [steps + 1]: falling, in [0, 1]; ValueError if not. The corrector refines each input with the velocity that
-    the network gave at it, at no extra call; the first step and a step to 0 are of order 1.
+    sigmas [steps + 1]: falling, in [0, 1]; ValueError if not. The corrector refines each input with what the network
+    predicted at it, at no extra call; the first step and a step to 0 are of order 1.
     """
 
     def __init__(self, sigmas):
@@ -41,16 +41,15 @@ class UniPC:
         self.denoised = []  # predictions of the clean latent at the last two noise levels, newest last
         self.last = None  # corrected latent that the last step started from
 
-    def step(self, x, velocity):
+    def step(self, x, denoised):
         """Return the latent at the next noise level; call once a noise level, in order.
 
-        x: latent at the present level, as the last call returned it; velocity: the network's output at x. Same shape.
+        x: latent at the present level, as the last call returned it; denoised: x - sigma * velocity. Same shape.
         """
         if self.index + 1 == len(self.sigmas):
             raise ValueError(f"all {self.index} steps are taken; make a new UniPC for another run")
-        if velocity.shape != x.shape:
-            raise ValueError(f"velocity has shape {list(velocity.shape)}; expected that of x, {list(x.shape)}")
-        denoised = x - self.sigmas[self.index] * velocity
+        if denoised.shape != x.shape:
+            raise ValueError(f"denoised has shape {list(denoised.shape)}; expected that of x, {list(x.shape)}")
         if self.index > 0:
             x = self._correct(denoised)
         self.denoised = [*self.denoised[-1:], denoised]

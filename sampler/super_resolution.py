@@ -1,12 +1,32 @@
 """How super-resolution starts from the base stage's latents; its loop is `denoise_unipc` with `keep_audio`."""
 
+import math
+
 import torch.nn.functional as F
 
 from .schedule import TIMESTEPS, zero_snr_signal_scales
+from .sizes import PIXEL_MULTIPLE, RATIOS, RESOLUTIONS, pixel_size
 
-# Published settings: noise level 220 of 1000 on the video; the network hears 0.3 of the sound in 0.7 of noise.
+# Published settings: 5 steps, noise level 220 of 1000 on the video; the network hears 0.3 of the sound in 0.7 of noise.
+STEPS = 5
 NOISE_LEVEL = 220
 AUDIO_NOISE_SHARE = 0.7
+
+
+def scaled_size(width, height, factor):
+    """Return (width, height) in pixels times `factor`, each to the nearest multiple of 32."""
+    return tuple(max(1, round(side * factor / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE for side in (width, height))
+
+
+def size_at(resolution, width, height):
+    """Return (width, height) of a named resolution, a key of RESOLUTIONS, at the ratio of a clip's width and height.
+
+    A clip of a named ratio gets that ratio's size, so 448x256 becomes 960x544; any other the same area at its own.
+    """
+    for ratio in RATIOS:
+        if (width, height) in (pixel_size(name, ratio) for name in RESOLUTIONS):
+            return pixel_size(resolution, ratio)
+    return scaled_size(width, height, math.sqrt(math.prod(RESOLUTIONS[resolution]) / (width * height)))
 
 
 def upsample_latent(video, height, width, align_corners=True):

@@ -1,6 +1,7 @@
 """Random weights of nano's architecture, and ComfyUI set up in this process on the CPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,33 @@ def loaded(model_folders):
 
     names = [part.nano for part in files.PARTS]
     return LoadCheckpoint.execute(*names, weight_dtype="fp32", text_encoder_device="default").args
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory):
+    """Return function(variant, **changes) -> a fresh MODEL of the tiny transformer as that variant."""
+    from pack.nodes.host import load_model
+
+    folder = tmp_path_factory.mktemp("variants")
+
+    def make(variant, **changes):
+        torch.manual_seed(1)
+        config = replace(DIT, **changes)
+        save_part(folder / f"{variant}.safetensors", DiT(config), "dit", config, variant)
+        return load_model(folder / f"{variant}.safetensors", torch.float32)
+
+    return make
+
+
+@pytest.fixture
+def notices(monkeypatch):
+    """List that collects what nodes tell the user while they run."""
+    from pack.nodes import extend, sampling, soundtrack, super_resolution
+
+    told = []
+    for room in (extend, sampling, soundtrack, super_resolution):
+        monkeypatch.setattr(room, "notice", lambda node, message: told.append(message))
+    return told
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from pack.nodes.conditioning import EmptyLatent, FirstImage
 from pack.nodes.host import FIRST_IMAGE, PREVIEW, load_model
 from pack.nodes.prompt import EncodePrompt
 from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas, sample_renoise
+from pack.nodes.super_resolution import SuperResolution
 from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
 from safetensors import safe_open
@@ -113,6 +114,26 @@ def test_seed_decides(loaded, prompt, latent):
     first = sample(loaded, prompt, latent)
     assert equal(first, sample(loaded, prompt, latent))
     assert not torch.equal(first[0], sample(loaded, prompt, latent, seed=SEED + 1)[0])
+
+
+@pytest.mark.parametrize("variant", ["distill", "base", "540p_sr"])
+def test_a_model_read_afresh_gives_the_same_clip_from_the_same_seed(model_of, prompt, latent, variant):
+    def clip(model, seed):
+        if variant != "540p_sr":
+            return Sampler.execute(model, prompt, latent, seed, 4, 5.0, prompt).args[0]["samples"].unbind()
+        size = {"size": "factor", "factor": 2.0}
+        return (
+            SuperResolution.execute(model, prompt, latent, seed, size, 2, 5.0, 220, True, 1.0)
+            .args[0]["samples"]
+            .unbind()
+        )
+
+    changes = {"positions": "v1"} if variant == "540p_sr" else {}
+    models = model_of(variant, **changes), model_of(variant, **changes)
+    first = clip(models[0], SEED)
+    torch.rand(5)  # whatever else draws in the process
+    assert models[0].model is not models[1].model and equal(first, clip(models[1], SEED))
+    assert equal(first, clip(models[0], SEED)) and not torch.equal(first[0], clip(models[0], SEED + 1)[0])
 
 
 def test_prompt_and_first_image_have_an_effect(loaded, prompt, latent, image_prompt):

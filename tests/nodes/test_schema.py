@@ -11,6 +11,8 @@ IDS = {
     "HappyHorseLoadCheckpoint", "HappyHorseLoadModel", "HappyHorseLoadTextEncoder", "HappyHorseLoadVideoVAE",
     "HappyHorseLoadAudioVAE", "HappyHorseEncodePrompt", "HappyHorseEmptyLatent", "HappyHorseFirstImage",
     "HappyHorseSampler", "HappyHorseSamplerSelect", "HappyHorseSigmas", "HappyHorseDecode", "HappyHorseSaveVideo",
+    "HappyHorseGuider", "HappyHorseNegativePrompt", "HappyHorseSoundtrack", "HappyHorseSuperResolution",
+    "HappyHorseContinue", "HappyHorseJoin",
     "HappyHorsePromptBuilder",
 }  # fmt: skip
 

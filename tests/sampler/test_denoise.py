@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.sampler.conditioning import base_video_scale, guided, sr_video_scale, velocity_towards, with_first_image
+from pack.sampler.conditioning import base_video_scale, guided, sr_video_scale
 from pack.sampler.denoise import denoise_renoise, denoise_unipc, seeded_noise
 from pack.sampler.schedule import flow_sigmas, flow_timesteps
 
@@ -103,22 +103,6 @@ def test_a_seed_gives_the_same_noise_and_another_seed_another():
     again = seeded_noise(11)
     assert torch.equal(first(like), again(like)) and torch.equal(first(like), again(like))
     assert not torch.equal(seeded_noise(11)(like), seeded_noise(12)(like))
-
-
-def test_holding_a_latent_through_the_velocity_gives_the_same_clip(latents):
-    """What the nodes do inside the model call (any sampler) equals what the loop does itself."""
-    video, audio = latents
-    image = torch.randn(2, 8, 1, 4, 6)
-
-    def holding(video, audio, sigma):
-        video_velocity, audio_velocity = network(with_first_image(video, image), audio, sigma)
-        towards = velocity_towards(image, video[:, :, :1], sigma)
-        return with_first_image(video_velocity, towards), audio_velocity
-
-    by_loop = run(denoise_renoise, video, audio, image=image)
-    by_model = run(denoise_renoise, video, audio, velocity=holding)
-    for loop_result, model_result in zip(by_loop, by_model, strict=True):
-        torch.testing.assert_close(model_result, loop_result, rtol=0, atol=1e-5)
 
 
 def test_guidance_of_scale_one_and_zero_are_the_two_prompts(latents):

@@ -17,7 +17,7 @@ def draws():
 def solve(velocity, x, sigmas):
     solver = UniPC(sigmas)
     for sigma in sigmas[:-1].tolist():
-        x = solver.step(x, velocity(x, sigma))
+        x = solver.step(x, x - sigma * velocity(x, sigma))
     return x
 
 
@@ -72,13 +72,13 @@ def test_unipc_accepts_pure_noise_as_its_first_level(draws):
 
 
 def test_unipc_says_what_is_wrong(draws):
-    x, velocity, _ = draws
+    x, denoised, _ = draws
     for sigmas in ([0.5], [0.5, 0.5, 0.0], [0.5, 0.7, 0.0], [1.1, 0.0]):
         with pytest.raises(ValueError, match="falling"):
             UniPC(sigmas)
     solver = UniPC([0.5, 0.0])
-    with pytest.raises(ValueError, match="velocity has shape"):
-        solver.step(x, velocity[:1])
-    solver.step(x, velocity)
+    with pytest.raises(ValueError, match="denoised has shape"):
+        solver.step(x, denoised[:1])
+    solver.step(x, denoised)
     with pytest.raises(ValueError, match="all 1 steps are taken"):
-        solver.step(x, velocity)
+        solver.step(x, denoised)
