@@ -15,6 +15,8 @@ import comfy.utils
 import torch
 
 from ..model_loader.checkpoint import Checkpoint
+from ..model_loader.detect import describe
+from ..model_loader.layouts import as_published
 from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
@@ -73,9 +75,10 @@ class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_s
 class HappyHorse(comfy.model_base.BaseModel):
     """Joint video and sound model: latents are NestedTensor((video [B,48,T,H,W], audio [B,64,L])), fp32 all the way."""
 
-    def __init__(self, network, weight_dtype):
+    def __init__(self, network, weight_dtype, variant):
         config = ModelConfig({"disable_unet_model_creation": True, "dtype": weight_dtype})
         super().__init__(config, comfy.model_base.ModelType.FLOW)
+        self.variant = variant
         self.diffusion_model = network.eval().requires_grad_(False)
         self.model_sampling = FlowSampling(config)
         comfy.model_management.archive_model_dtypes(network)
@@ -140,11 +143,16 @@ def check_conditions(config, text, shapes, first_image):
         )
 
 
-def load_model(path, weight_dtype, disable_dynamic=False):
-    """Read a DiT file or sharded folder into a MODEL (ModelPatcher); `disable_dynamic` is core's, for weight hooks."""
-    network = load_dit(path, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
-    model = HappyHorse(network, weight_dtype)
-    colours = Checkpoint.open(path).metadata.get(PREVIEW)
+def load_model(path, weight_dtype, variant=None, disable_dynamic=False):
+    """Read a DiT file or sharded folder into a MODEL (ModelPatcher) whose model knows its `variant`.
+
+    variant: None or the user's choice, as `detect.describe`; `disable_dynamic` is core's, for weight hooks.
+    """
+    checkpoint = as_published(Checkpoint.open(path))
+    found = describe(checkpoint, variant)
+    network = load_dit(path, variant=variant, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
+    model = HappyHorse(network, weight_dtype, found.variant)
+    colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
         model.latent_format.use_colours(json.loads(colours))
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -153,7 +161,7 @@ def load_model(path, weight_dtype, disable_dynamic=False):
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant))
     return patcher
 
 

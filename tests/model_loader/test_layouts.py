@@ -1,4 +1,4 @@
-"""Layouts of other packs: the three scaled fp8 styles and split experts give the published weights, or a named fault."""
+"""Layouts of other packs: three scaled fp8 styles and split experts give the published weights, or a named fault."""
 
 import pytest
 import torch
