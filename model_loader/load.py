@@ -13,6 +13,7 @@ from .core_vae import AudioVAE, VideoVAE
 from .detect import CONFIGS, describe
 from .dit import DiT
 from .key_map import KEY_MAPS, expert_names, split_names, stacked_name
+from .layouts import as_published
 from .text_encoder import TextEncoder
 from .tokens import rotary_bands
 from .turbo_vae import TurboVAE
@@ -42,7 +43,7 @@ def load_audio_vae(path, *, device="cpu"):
 
 
 def _load(path, part, variant=None, *, dtype, device, operations=nn):
-    checkpoint = Checkpoint.open(path)
+    checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
     if found.part != part:
         raise CheckpointError(

@@ -17,6 +17,7 @@ import torch
 
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.detect import describe
+from ..model_loader.layouts import as_published
 from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
@@ -169,11 +170,15 @@ def check_conditions(config, text, shapes, first_image):
         )
 
 
-def load_model(path, weight_dtype, disable_dynamic=False):
-    """Read a DiT file or sharded folder into a MODEL (ModelPatcher); `disable_dynamic` is core's, for weight hooks."""
-    network = load_dit(path, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
-    checkpoint = Checkpoint.open(path)
-    model = HappyHorse(network, weight_dtype, describe(checkpoint).variant)
+def load_model(path, weight_dtype, variant=None, disable_dynamic=False):
+    """Read a DiT file or sharded folder into a MODEL (ModelPatcher) whose model knows its `variant`.
+
+    variant: None or the user's choice, as `detect.describe`; `disable_dynamic` is core's, for weight hooks.
+    """
+    checkpoint = as_published(Checkpoint.open(path))
+    found = describe(checkpoint, variant)
+    network = load_dit(path, variant=variant, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
+    model = HappyHorse(network, weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
         model.latent_format.use_colours(json.loads(colours))
@@ -183,7 +188,7 @@ def load_model(path, weight_dtype, disable_dynamic=False):
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype))
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant))
     return patcher
 
 

@@ -3,9 +3,11 @@
 import torch
 from comfy_api.latest import io
 
+from ..model_loader.detect import DIT_VARIANTS
 from . import files
 from .clip import load_clip
 from .host import default_weight_dtype, load_model
+from .notice import notice
 from .vae import load_audio, load_video
 
 CATEGORY = "HappyHorse/loaders"
@@ -64,8 +66,24 @@ def _device_input():
     )
 
 
-def _load_model(model, weight_dtype):
-    return files.read_once(load_model, files.find(files.MODEL, model), DTYPES[weight_dtype] or default_weight_dtype())
+def _variant_input():
+    return io.Combo.Input(
+        "variant",
+        options=["auto", *DIT_VARIANTS],
+        default="auto",
+        optional=True,
+        tooltip="Which of the published models the file is: its tensors cannot tell. auto: from the file's header, its "
+        "name or its folder's; the choice is shown on the node. Choose by hand where the name is silent or wrong.",
+        advanced=True,
+    )
+
+
+def _load_model(node, model, weight_dtype, variant):
+    dtype = DTYPES[weight_dtype] or default_weight_dtype()
+    chosen = None if variant == "auto" else variant
+    loaded = files.read_once(load_model, files.find(files.MODEL, model), dtype, chosen)
+    notice(node, f"Variant: {loaded.model.variant}")
+    return loaded
 
 
 def _load_clip(text_encoder, device):
@@ -110,7 +128,9 @@ class LoadCheckpoint(LoaderNode):
                 _audio_vae_input(),
                 _dtype_input(),
                 _device_input(),
+                _variant_input(),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(tooltip="Connect to HappyHorse Sampler, LoRA loaders or any guider."),
                 io.Clip.Output(tooltip="Connect to HappyHorse Prompt or CLIP Text Encode."),
@@ -120,10 +140,10 @@ class LoadCheckpoint(LoaderNode):
         )
 
     @classmethod
-    def execute(cls, model, text_encoder, video_vae, audio_vae, weight_dtype, text_encoder_device):
+    def execute(cls, model, text_encoder, video_vae, audio_vae, weight_dtype, text_encoder_device, variant="auto"):
         """Read the four files."""
         return io.NodeOutput(
-            _load_model(model, weight_dtype),
+            _load_model(cls, model, weight_dtype, variant),
             _load_clip(text_encoder, text_encoder_device),
             _load_video_vae(video_vae),
             _load_audio_vae(audio_vae),
@@ -142,14 +162,15 @@ class LoadModel(LoaderNode):
             category=CATEGORY,
             description="Loads the transformer alone, for graphs that mix files.",
             search_aliases=["happyhorse diffusion model", "unet"],
-            inputs=[_model_input(), _dtype_input()],
+            inputs=[_model_input(), _dtype_input(), _variant_input()],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="Connect to HappyHorse Sampler, LoRA loaders or any guider.")],
         )
 
     @classmethod
-    def execute(cls, model, weight_dtype):
+    def execute(cls, model, weight_dtype, variant="auto"):
         """Read the file."""
-        return io.NodeOutput(_load_model(model, weight_dtype))
+        return io.NodeOutput(_load_model(cls, model, weight_dtype, variant))
 
 
 class LoadTextEncoder(LoaderNode):

@@ -132,3 +132,15 @@ def test_a_file_of_another_part_is_refused(weights):
         LoadModel.execute(files.VIDEO_VAE.nano, "fp32")
     with pytest.raises(ValueError, match="gone.safetensors is not in models/vae any more"):
         LoadVideoVAE.execute("gone.safetensors")
+
+
+def test_a_nameless_file_takes_the_variant_of_the_user(weights):
+    path = weights / "unnamed.safetensors"
+    save_file(load_file(weights / files.MODEL.nano), path)
+    try:
+        with pytest.raises(CheckpointError, match="neither metadata nor name tells the variant"):
+            LoadModel.execute(path.name, "fp32")
+        model = LoadModel.execute(path.name, "fp32", "1080p_sr").args[0].model
+        assert model.variant == "1080p_sr" and model.diffusion_model.config.positions == "v1"
+    finally:
+        path.unlink()

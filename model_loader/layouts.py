@@ -1,0 +1,122 @@
+"""Other people's layouts seen as the published one: scaled fp8 weights multiplied out, split experts stacked."""
+
+import re
+
+import torch
+
+from .checkpoint import Checkpoint, CheckpointError, TensorHeader
+from .dit_layers import MODALITIES
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What a weight's scale is called: daVinci-MagiHuman-FP8, Comfy's first generation, its second.
+SCALE_ENDINGS = (".weight.__fp8_scale", ".scale_weight", ".weight_scale")
+# What else such files hold beside their weights; activations are not quantised here.
+NOT_WEIGHTS = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)")
+SPLIT = re.compile(
+    rf"(.+\.(?:attention|mlp))\.(linear_[qkvg]|linear_proj|up_gate_proj|down_proj)(?:_({'|'.join(MODALITIES)}))?\.weight"
+)
+QKV = ("linear_q", "linear_k", "linear_v", "linear_g")  # rows of the published linear_qkv, in order
+
+
+def as_published(checkpoint):
+    """Return a Checkpoint with the published names and plain weights; the same object where it has them already.
+
+    Nothing is read here: a scaled fp8 weight [rows, columns] becomes fp32 when it is read, times its scale (one
+    number, or one a row), and a split weight is stacked when it is read. CheckpointError names the file and tensor: for
+    an incomplete set here, for a scale that is not finite and positive when it is read.
+    """
+    return _stacked(_multiplied_out(checkpoint))
+
+
+def _multiplied_out(checkpoint):
+    scales = {}
+    for name, header in checkpoint.headers.items():
+        ending = next((ending for ending in SCALE_ENDINGS if name.endswith(ending)), None)
+        if ending:
+            weight = name.removesuffix(ending) + ".weight"
+            _check_scale(checkpoint, name, header, weight)
+            scales[weight] = name
+    headers = {
+        name: TensorHeader(header.shape, torch.float32) if name in scales else header
+        for name, header in checkpoint.headers.items()
+        if name not in scales.values() and not NOT_WEIGHTS.fullmatch(name)
+    }
+    if len(headers) == len(checkpoint.headers):
+        return checkpoint
+
+    def read(name):
+        tensor = checkpoint.read(name)
+        if name not in scales:
+            return tensor
+        scale = checkpoint.read(scales[name]).float()
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            raise CheckpointError(
+                f"{checkpoint.label}: {scales[name]} holds a scale that is not finite and positive; its weight cannot "
+                "be restored. Download the file again, or use another one."
+            )
+        return tensor.float().mul_(scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
+
+    return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read)
+
+
+def _check_scale(checkpoint, name, header, weight):
+    stored = checkpoint.headers.get(weight)
+    if stored is None:
+        raise CheckpointError(
+            f"{checkpoint.label}: {name} scales {weight}, which is not in the file. Download it again."
+        )
+    if stored.dtype not in FP8 or len(stored.shape) != 2:
+        raise CheckpointError(
+            f"{checkpoint.label}: {weight} is {stored.dtype} {list(stored.shape)} with a scale; of quantised weights "
+            "only fp8 matrices can be read. Use an fp8 or bf16 file of the same model."
+        )
+    rows = stored.shape[0]
+    if header.shape not in ((), (1,), (rows,), (rows, 1)):
+        raise CheckpointError(
+            f"{checkpoint.label}: {name} has shape {list(header.shape)}, expected one number or one for each of the "
+            f"{rows} rows of {weight}. Use another fp8 or bf16 file of the same model."
+        )
+
+
+def _stacked(checkpoint):
+    pieces, headers = {}, {}
+    for name, header in checkpoint.headers.items():
+        split = SPLIT.fullmatch(name)
+        if split and (split[2] in QKV or split[3]):
+            published = f"{split[1]}.{'linear_qkv' if split[2] in QKV else split[2]}.weight"
+            pieces.setdefault(published, set()).add(name)
+        else:
+            headers[name] = header
+    if not pieces:
+        return checkpoint
+    order = {published: _rows_in_order(checkpoint, published, names) for published, names in pieces.items()}
+    for published, names in order.items():
+        shapes = [checkpoint.headers[name].shape for name in names]
+        for name, shape in zip(names, shapes, strict=True):
+            if len(shape) != 2 or shape[1] != shapes[0][-1]:
+                raise CheckpointError(
+                    f"{checkpoint.label}: {name} has shape {list(shape)}, expected a matrix of {shapes[0][-1:]} "
+                    "columns as in the other parts of its layer. Download the file again."
+                )
+        rows = sum(shape[0] for shape in shapes)
+        headers[published] = TensorHeader((rows, shapes[0][1]), checkpoint.headers[names[0]].dtype)
+
+    def read(name):
+        return torch.cat([checkpoint.read(part) for part in order[name]]) if name in order else checkpoint.read(name)
+
+    return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read)
+
+
+def _rows_in_order(checkpoint, published, names):
+    found = {SPLIT.fullmatch(name)[3] for name in names}
+    experts = [""] if found == {None} else [f"_{modality}" for modality in MODALITIES]
+    owner, linear, _ = published.rsplit(".", 2)
+    linears = QKV if linear == "linear_qkv" else (linear,)
+    wanted = [f"{owner}.{part}{expert}.weight" for expert in experts for part in linears]
+    faults = [name for name in wanted if name not in names] or sorted(names.difference(wanted))
+    if faults or published in checkpoint.headers:
+        raise CheckpointError(
+            f"{checkpoint.label}: the parts of {published} are incomplete or twice there (first: "
+            f"{(faults or [published])[0]}). Download the file again."
+        )
+    return wanted

@@ -1,0 +1,131 @@
+"""Layouts of other packs: three scaled fp8 styles and split experts give the published weights, or a named fault."""
+
+import pytest
+import torch
+from pack.model_loader.checkpoint import Checkpoint, CheckpointError, TensorHeader
+from pack.model_loader.config import DISTILL
+from pack.model_loader.key_map import KEY_MAPS
+from pack.model_loader.layouts import as_published
+from pack.model_loader.load import expected_tensors, load_dit, plan, published_tensors
+from safetensors.torch import save_file
+
+STYLES = {
+    "davinci fp8": (".weight.__fp8_scale", {}),
+    "comfy first": (".scale_weight", {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}),
+    "comfy second": (".weight_scale", {"block.layers.0.mlp.down_proj.comfy_quant": torch.zeros(9, dtype=torch.uint8)}),
+}
+
+
+def published(dit):
+    return published_tensors("dit", dit.state_dict(), dit.config)
+
+
+def is_linear(name):
+    return name.startswith("block.") and "norm" not in name
+
+
+def fp8(tensors, ending, per_row):
+    """Quantise the block linears of {name: tensor}; returns the file's tensors and the weights that they stand for."""
+    stored, meant = {}, dict(tensors)
+    for name, tensor in tensors.items():
+        if not is_linear(name):
+            stored[name] = tensor
+            continue
+        largest = tensor.abs().amax(1, keepdim=True) if per_row else tensor.abs().max()
+        scale = largest.clamp_min(1e-6) / 448
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        stored[name.removesuffix(".weight") + ending] = scale
+        meant[name] = stored[name].float() * scale
+    return stored, meant
+
+
+def split(tensors, config):
+    """Rename to the split-expert style: q, k, v and gate apart, and each expert of an expert layer apart."""
+    heads, groups, size = config.hidden_size // config.head_dim, config.num_query_groups, config.head_dim
+    rows = (heads * size, groups * size, groups * size, heads)
+    result = {}
+    for name, tensor in tensors.items():
+        if not is_linear(name):
+            result[name] = tensor
+            continue
+        stem = name.removesuffix(".weight")
+        experts = ("_video", "_audio", "_text") if int(name.split(".")[2]) in config.expert_layers else ("",)
+        for expert, part in zip(experts, tensor.chunk(len(experts)), strict=True):
+            if stem.endswith("linear_qkv"):
+                letters = zip("qkvg", part.split(rows), strict=True)
+                result |= {f"{stem[:-3]}{letter}{expert}.weight": piece.clone() for letter, piece in letters}
+            else:
+                result[f"{stem}{expert}.weight"] = part.clone()
+    return result
+
+
+def assert_loads_as(path, tensors, dit):
+    save_file(tensors[0], path)
+    found = load_dit(path, dtype=torch.float32)
+    assert found.config == dit.config
+    found = published(found)
+    assert found.keys() == tensors[1].keys()
+    assert all(torch.equal(found[name], tensors[1][name]) for name in found)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_scaled_fp8_is_exactly_weight_times_scale(tmp_path, dit, style, per_row):
+    ending, extra = STYLES[style]
+    stored, meant = fp8(published(dit), ending, per_row)
+    assert_loads_as(tmp_path / "distill_fp8.safetensors", (stored | extra, meant), dit)
+
+
+def test_split_experts_are_the_published_weights(tmp_path, dit):
+    tensors = published(dit)
+    assert_loads_as(tmp_path / "magi_human_distill.safetensors", (split(tensors, dit.config), tensors), dit)
+
+
+def test_split_experts_in_fp8(tmp_path, dit):
+    stored, meant = fp8(split(published(dit), dit.config), ".weight_scale", per_row=True)
+    network = as_published(Checkpoint.of_tensors(meant))
+    meant = {name: network.read(name) for name in network.headers}
+    assert_loads_as(tmp_path / "distill.safetensors", (stored, meant), dit)
+
+
+def test_a_published_file_is_left_alone(dit):
+    checkpoint = Checkpoint.of_tensors(published(dit))
+    assert as_published(checkpoint) is checkpoint
+
+
+@pytest.mark.parametrize("ending", [ending for ending, _ in STYLES.values()])
+def test_full_size_fp8_headers_map_with_nothing_left(manifest, ending):
+    whole = manifest("dit")
+    headers = {n: TensorHeader(h.shape, torch.float8_e4m3fn) if is_linear(n) else h for n, h in whole.headers.items()}
+    scales = {n.removesuffix(".weight") + ending: TensorHeader((), torch.float32) for n in headers if is_linear(n)}
+    seen = as_published(Checkpoint("distill", headers | scales, {}, None))
+    places = plan("dit", seen, "", expected_tensors("dit", DISTILL, dtype=torch.bfloat16))
+    assert places.keys() == whole.headers.keys() - set(KEY_MAPS["dit"].computed) and len(scales) == 160
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"{stem}.weight_scale": torch.tensor(float("nan"))}, "weight_scale holds a scale that is not finite"),
+        ({"{stem}.weight_scale": torch.ones(5)}, r"weight_scale has shape \[5\], expected one number or one for each"),
+        ({"{stem}.weight": torch.ones(2, 2, dtype=torch.uint8)}, "only fp8 matrices can be read"),
+        ({"{stem}.weight": None}, "weight, which is not in the file"),
+    ],
+)
+def test_bad_scales_name_file_and_tensor(tmp_path, dit, change, told):
+    stored, _ = fp8(published(dit), ".weight_scale", per_row=False)
+    stem = "block.layers.1.mlp.down_proj"
+    stored |= {name.format(stem=stem): tensor for name, tensor in change.items()}
+    save_file({n: t for n, t in stored.items() if t is not None}, tmp_path / "distill.safetensors")
+    with pytest.raises(CheckpointError, match=rf"distill\.safetensors: .*{stem}.*{told}"):
+        load_dit(tmp_path / "distill.safetensors")
+
+
+def test_an_incomplete_split_names_what_is_missing(tmp_path, dit):
+    tensors = split(published(dit), dit.config)
+    del tensors["block.layers.0.attention.linear_k_audio.weight"]
+    save_file(tensors, tmp_path / "distill.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"distill\.safetensors: .*first: block.layers.0.attention.linear_k_audio"
+    ):
+        load_dit(tmp_path / "distill.safetensors")
