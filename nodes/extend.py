@@ -6,11 +6,10 @@ from comfy_api.latest import io
 from ..model_loader.core_vae import resample
 from ..sampler.audio_windows import cross_fade
 from ..sampler.joining import join_sound
-from ..sampler.sizes import FPS, PIXEL_MULTIPLE, video_length
+from ..sampler.sizes import FPS, PIXEL_MULTIPLE, TRAINED_SECONDS, video_length
 from ..sampler.soundtrack import at_encoder_rate, fit_sound, stereo
 from .held import fit_frames, held_latent
 from .notice import notice
-from .soundtrack import TRAINED_SECONDS
 from .vae import require_audio_vae, require_video_vae
 
 CONTEXT_FRAMES = 50  # of sound before the shared part, for the encoder to look back at: nano's needs 25, not 12

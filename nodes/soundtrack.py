@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..sampler.sizes import FPS, video_length
+from ..sampler.sizes import FPS, TRAINED_SECONDS, video_length
 from ..sampler.soundtrack import at_encoder_rate, covering_frames, fit_sound, mono
 from .held import fit_frames, held_latent, masks
 from .host import require_joint_latent
@@ -11,7 +11,6 @@ from .notice import notice
 from .vae import require_audio_vae
 
 SOUNDTRACK = "happyhorse_soundtrack"  # key in a LATENT: {"audio": AUDIO of the clip's length, "latent": what it became}
-TRAINED_SECONDS = 10  # the full-size models saw no longer clips
 
 
 def with_soundtrack(latent, audio_vae, audio):
