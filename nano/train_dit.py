@@ -10,9 +10,10 @@ import torch
 
 from ..model_loader.config import DiTConfig
 from ..model_loader.dit import DiT
+from ..model_loader.load import load_dit
 from .latents import LATENTS, SOUNDS, empty_prompt, encode_clips, encode_prompts
 from .train_video_vae import CHANNELS
-from .training import bf16_matmuls, plain_attention, train
+from .training import WEIGHTS, bf16_matmuls, plain_attention, train
 
 CONFIG = DiTConfig(
     num_layers=8,
@@ -109,10 +110,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--clips", type=int, default=2400)
+    parser.add_argument("--from-weights", action="store_true", help="begin with those of nano/weights, not at random")
     options = parser.parse_args()
     examples = Examples(options.clips)
     torch.manual_seed(0)
-    dit = initialise(DiT(CONFIG, dtype=torch.float32))
+    if options.from_weights:
+        dit = load_dit(WEIGHTS / "nano_dit.safetensors", dtype=torch.float32).train().requires_grad_(True)
+    else:
+        dit = initialise(DiT(CONFIG, dtype=torch.float32))
 
     def loss_of_step(step):
         rng = np.random.default_rng((51, step))

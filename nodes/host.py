@@ -33,9 +33,15 @@ ACTIVATION_BYTES = 60
 class LatentFormat(comfy.latent_formats.Wan22):
     """Wan2.2's preview colours; values pass unchanged, because our VAEs normalise and latents are packed."""
 
-    @staticmethod
-    def latent_rgb_factors_reshape(video):
-        """Return the middle frame [B,48,1,H,W] for previews: the first one stands still where it is a given image."""
+    shapes = ()  # of the streams in the packed latent that is being sampled
+
+    def latent_rgb_factors_reshape(self, video):
+        """Return the middle frame [B,48,1,H,W] for previews: the first one stands still where it is a given image.
+
+        video [B,48,T,H,W]; ComfyUI 0.24 gives the packed streams [B,1,N] instead.
+        """
+        if video.ndim == 3:
+            video, _ = comfy.utils.unpack_latents(video, self.shapes)
         middle = video.shape[2] // 2
         return video[:, :, middle : middle + 1]
 
@@ -108,6 +114,7 @@ class HappyHorse(comfy.model_base.BaseModel):
         """Collect what one forward needs; texts keep their length (core's own text condition pads by repetition)."""
         text, shapes, first_image = kwargs.get("cross_attn"), kwargs.get("latent_shapes"), kwargs.get(FIRST_IMAGE)
         check_conditions(self.diffusion_model.config, text, shapes, first_image)
+        self.latent_format.shapes = shapes
         mask = kwargs.get("denoise_mask")
         if first_image is not None and mask is not None and mask.flatten()[0] == 0:
             raise ValueError(

@@ -224,6 +224,24 @@ def test_preview_shows_the_middle_frame(loaded, latent, monkeypatch):
     assert previewer.decode_latent_to_preview(video).getpixel((0, 0)) != dark
 
 
+def test_every_step_has_a_preview_also_where_core_shows_packed_streams(loaded, prompt, latent, monkeypatch):
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    shown = []
+    absolute = comfy.utils.ProgressBar.update_absolute
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar,
+        "update_absolute",
+        lambda self, value, total=None, preview=None: [shown.append(preview), absolute(self, value, total, preview)],
+    )
+    video, audio = sample(loaded, prompt, latent)
+    width, height = video.shape[4], video.shape[3]
+    assert len(shown) == 8 and all(picture.size == (width, height) for _, picture, _ in shown)
+    previewer = latent_preview.get_previewer(torch.device("cpu"), loaded[0].model.latent_format)
+    packed, _ = comfy.utils.pack_latents([video, audio])  # what ComfyUI 0.24 gives
+    expected = previewer.decode_latent_to_preview(video)
+    assert previewer.decode_latent_to_preview(packed).tobytes() == expected.tobytes()
+
+
 def test_a_model_file_brings_its_own_preview_colours(weights, tmp_path, monkeypatch):
     with safe_open(weights / files.MODEL.nano, "pt") as file:
         metadata = file.metadata()
