@@ -58,7 +58,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path):
-        """Open a .safetensors file, a shard or folder of shards, or a torch pickle of tensors.
+        """Open a .safetensors file, a shard or folder of shards, a torch pickle of tensors, or a .gguf encoder.
 
         Reads headers only (a pickle is mapped, not read). CheckpointError for anything missing, truncated or unsafe.
         """
@@ -74,8 +74,13 @@ class Checkpoint:
             return _open_shards(path.parent, shard[1], int(shard[2])) if shard else _open_files(path, [path])
         if path.suffix in PICKLES:
             return _open_pickle(path)
+        if path.suffix == ".gguf":
+            from .gguf_file import open_gguf
+
+            return open_gguf(path)
         raise CheckpointError(
-            f"{path.name}: unknown kind of file; expected .safetensors, {', '.join(PICKLES)} or a folder of them."
+            f"{path.name}: unknown kind of file; expected .safetensors, {', '.join(PICKLES)}, .gguf or a folder of "
+            "one of the former."
         )
 
     @classmethod

@@ -89,8 +89,9 @@ def load_clip(path, device):
     definition = tokenizer_json(path)
     if definition is None:
         raise CheckpointError(
-            f"{path.name}: no tokenizer in the file or beside it; expected a tokenizer.json in the same folder. "
-            "Download it from where the text encoder came from."
+            f"{path.name}: no tokenizer in the file or beside it; expected a tokenizer.json in the same folder (a "
+            "tokenizer.model, or the vocabulary inside a .gguf file, will not do). Download it from where the text "
+            "encoder came from, for T5Gemma from https://huggingface.co/google/t5gemma-9b-9b-ul2."
         )
     dtype = weight_dtype(path)
     network = load_text_encoder(path, dtype=dtype, operations=comfy.ops.manual_cast)

@@ -54,10 +54,15 @@ def add_examples():
 
 
 def choices(part):
-    """List what a loader offers: single files and sharded folders, without shards and other parts' built-in files."""
+    """List what a loader offers: single files and sharded folders, without shards and other parts' built-in files.
+
+    Text encoders may be .gguf files too, which ComfyUI's own lists leave out.
+    """
     other_nano = {other.nano for other in PARTS} - {part.nano}
-    files = [n for n in folder_paths.get_filename_list(part.folder) if n not in other_nano and not SHARD.search(n)]
-    return sorted({*files, *_sharded_folders(part.folder)})
+    gguf = _below(part.folder, "*.gguf") if part is TEXT_ENCODER else []
+    files = [*folder_paths.get_filename_list(part.folder), *gguf]
+    files = [name for name in files if name not in other_nano and not SHARD.search(name)]
+    return sorted({*files, *(Path(index).parent.as_posix() for index in _below(part.folder, f"*/{INDEX}"))})
 
 
 def require_listed(names):
@@ -94,8 +99,12 @@ def read_once(load, path, *options):
     return loaded
 
 
-def _sharded_folders(folder):
-    for root in map(Path, folder_paths.get_folder_paths(folder)):
-        for depth in ("*", "*/*", "*/*/*"):
-            for index in root.glob(f"{depth}/{INDEX}"):
-                yield index.parent.relative_to(root).as_posix()
+def _below(folder, pattern):
+    """Names of what matches in ComfyUI's folders of that kind, and in two levels of folders in those."""
+    roots = map(Path, folder_paths.get_folder_paths(folder))
+    return [
+        path.relative_to(root).as_posix()
+        for root in roots
+        for depth in ("", "*/", "*/*/")
+        for path in root.glob(depth + pattern)
+    ]

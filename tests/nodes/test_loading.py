@@ -1,11 +1,13 @@
 """Model files: what the loaders list, that a model is read once, its dtype and streaming; and wrong files."""
 
 import json
+import shutil
 
 import folder_paths
 import pytest
 import torch
-from pack.model_loader.checkpoint import CheckpointError
+from pack.model_loader.checkpoint import Checkpoint, CheckpointError
+from pack.model_loader.load import tokenizer_json
 from pack.nodes import files
 from pack.nodes.loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from pack.nodes.sampling import Sampler
@@ -48,6 +50,36 @@ def test_sharded_folders_are_listed_without_their_shards_and_load(loaded, folder
     sharded = LoadModel.execute(folder_of_shards, "fp32").args[0].model.diffusion_model.state_dict()
     single = loaded[0].model.diffusion_model.state_dict()
     assert sharded.keys() == single.keys() and all(torch.equal(sharded[name], single[name]) for name in single)
+
+
+@pytest.fixture
+def gguf_encoder(weights):
+    """The tiny text encoder as a .gguf file in a folder, its configuration beside; removed afterwards."""
+    gguf = pytest.importorskip("gguf", reason="optional package: pip install gguf")
+    folder = weights / "t5"
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "t5gemma")
+    for name, tensor in load_file(weights / files.TEXT_ENCODER.nano).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = json.loads(Checkpoint.open(weights / files.TEXT_ENCODER.nano).metadata["happyhorse.config"])
+    (folder / "config.json").write_text(json.dumps({"encoder": config}))
+    yield folder / "tiny.gguf"
+    shutil.rmtree(folder)
+
+
+def test_a_gguf_text_encoder_is_listed_for_its_loader_only_and_loads(loaded, weights, gguf_encoder):
+    assert files.choices(files.TEXT_ENCODER) == [files.TEXT_ENCODER.nano, "t5/tiny.gguf"]
+    assert files.choices(files.MODEL) == [files.MODEL.nano]
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: no tokenizer .* a tokenizer.json in the same folder"):
+        LoadTextEncoder.execute("t5/tiny.gguf", "default")
+    gguf_encoder.with_name("tokenizer.json").write_text(tokenizer_json(weights / files.TEXT_ENCODER.nano))
+    clip = LoadTextEncoder.execute("t5/tiny.gguf", "default").args[0]
+    found, meant = (c.encode_from_tokens_scheduled(c.tokenize("a red ball"))[0][0] for c in (clip, loaded[1]))
+    assert torch.equal(found, meant)
 
 
 def test_a_missing_file_is_named_with_the_place_to_get_it_from(model_folders):

@@ -1,0 +1,225 @@
+"""T5Gemma encoders as .gguf files: the header read here, blocks dequantised by the `gguf` package, published names."""
+
+import math
+import mmap
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .checkpoint import AGAIN, Checkpoint, CheckpointError, TensorHeader
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTISED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")  # Q5_K: what K-quant mixes use beside Q4_K and Q6_K
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # where the header does not say otherwise
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TEXT, ARRAY = 8, 9
+BLOCK = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
+IN_BLOCK = {  # llama.cpp's names of T5 encoder tensors, and of Gemma 2's for what T5 lacks
+    "attn_norm": "pre_self_attn_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_o": "self_attn.o_proj",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_self_attn_layernorm",
+    "attn_post_norm": "post_self_attn_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
+OUTSIDE_BLOCKS = {"token_embd.weight": "embed_tokens.weight", "enc.output_norm.weight": "norm.weight"}
+ROOT = "model.encoder."
+PIECE = 2**20  # numbers that one thread restores at a time: small enough for its caches and for memory
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in the file: `kind` is its ggml type, a row takes `row_bytes`."""
+
+    kind: int
+    shape: tuple[int, ...]
+    start: int
+    row_bytes: int
+
+
+def open_gguf(path):
+    """Open a .gguf file as a Checkpoint in published names; quantised tensors become fp32 when they are read.
+
+    Tensors that keep their Hugging Face names keep their values. Under llama.cpp's names (`enc.blk.N.attn_q.weight`)
+    norm weights are read as 1 + w, and 1 is taken off: llama.cpp's converters of Gemma 1 to 3 and of T5Gemma 2 add it,
+    and none for T5Gemma was merged, so that this is inferred. Raises CheckpointError.
+    """
+    gguf = _package(path)
+    if path.stat().st_size < 24:
+        raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes, too short for a GGUF file. {AGAIN}")
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    metadata, infos, start = _read_header(path, mapped)
+    if metadata.get("split.count", 1) != 1:
+        raise CheckpointError(
+            f"{path.name}: one of {metadata['split.count']} files of a split GGUF. Merge them with llama.cpp's "
+            "`llama-gguf-split --merge`, or use a single file."
+        )
+    stored = {name: _locate(gguf, path, len(mapped), start, name, *info) for name, info in infos.items()}
+    names = _published_names(path, stored, metadata.get("general.architecture", "unknown"))
+    kinds = gguf.GGMLQuantizationType
+    headers = {
+        name: TensorHeader(stored[own].shape, PLAIN.get(kinds(stored[own].kind).name, torch.float32))
+        for name, own in names.items()
+    }
+
+    def read(name):
+        tensor = _read(gguf, mapped, stored[names[name]])
+        return tensor - 1 if name != names[name] and name.endswith("norm.weight") else tensor
+
+    return Checkpoint(path, headers, {}, read)
+
+
+def _package(path):
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(
+            f"{path.name}: .gguf files are read with the package `gguf`, which is not installed. Install it with "
+            "ComfyUI's Python (`python -m pip install gguf`), or use a .safetensors file."
+        ) from None
+    return gguf
+
+
+class _Header:
+    """A cursor over a GGUF header; struct.error where the file ends too early."""
+
+    def __init__(self, mapped):
+        self.mapped = mapped
+        self.at = 0
+
+    def numbers(self, letter, count=1):
+        layout = f"<{count}{letter}"
+        found = struct.unpack_from(layout, self.mapped, self.at)
+        self.at += struct.calcsize(layout)
+        return found
+
+    def text(self):
+        (length,) = self.numbers("Q")
+        if length > len(self.mapped) - self.at:
+            raise struct.error(f"a text of {length} bytes")
+        self.at += length
+        return self.mapped[self.at - length : self.at].decode("utf-8", "replace")
+
+    def value(self, kind):
+        if kind == TEXT:
+            return self.text()
+        if kind != ARRAY:
+            return self.numbers(NUMBERS[kind])[0]
+        (kind,), (count,) = self.numbers("I"), self.numbers("Q")
+        return self.numbers(NUMBERS[kind], count) if kind in NUMBERS else tuple(self.value(kind) for _ in range(count))
+
+
+def _read_header(path, mapped):
+    """Return metadata, {tensor name: (dimensions, kind, offset)} and where tensors begin."""
+    if mapped[:4] != b"GGUF":
+        raise CheckpointError(f"{path.name}: not a GGUF file, whatever its name says. {AGAIN}")
+    header = _Header(mapped)
+    header.at = 4
+    (version,) = header.numbers("I")
+    if version not in VERSIONS:
+        raise CheckpointError(
+            f"{path.name}: GGUF version {version}; expected {' or '.join(map(str, VERSIONS))}, little-endian. Use a "
+            "file that a current llama.cpp wrote."
+        )
+    metadata, infos, name = {}, {}, "none yet"
+    try:
+        tensors, pairs = header.numbers("Q", 2)
+        for _ in range(pairs):
+            key = header.text()
+            metadata[key] = header.value(header.numbers("I")[0])
+        for _ in range(tensors):
+            name = header.text()
+            dimensions = header.numbers("Q", header.numbers("I")[0])
+            infos[name] = (dimensions, *header.numbers("I"), *header.numbers("Q"))
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        start = -(-header.at // alignment) * alignment
+    except (struct.error, KeyError, TypeError, ZeroDivisionError, RecursionError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path.name}: unreadable GGUF header (last tensor: {name}; {error!r}); the file is cut off or damaged. "
+            f"{AGAIN}"
+        ) from None
+    if not infos:
+        raise CheckpointError(f"{path.name}: holds no tensors. {AGAIN}")
+    return metadata, infos, start
+
+
+def _locate(gguf, path, size, start, name, dimensions, kind, offset):
+    kinds = {int(k): k.name for k in gguf.GGMLQuantizationType}
+    if kinds.get(kind) not in (*PLAIN, *QUANTISED):
+        raise CheckpointError(
+            f"{path.name}: {name} is stored as {kinds.get(kind, f'unknown type {kind}')}; expected "
+            f"{', '.join((*PLAIN, *QUANTISED))}. Use a file of one of these, for example Q6_K."
+        )
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    shape = tuple(reversed(dimensions))
+    if not shape or not math.prod(shape) or shape[-1] % block:
+        raise CheckpointError(
+            f"{path.name}: {name} has shape {list(shape)}, impossible for {kinds[kind]} in blocks of {block}. {AGAIN}"
+        )
+    row_bytes = shape[-1] // block * block_bytes
+    end = start + offset + math.prod(shape[:-1]) * row_bytes
+    if end > size:
+        raise CheckpointError(f"{path.name}: {size} bytes, but {name} ends at {end}; the file is cut off. {AGAIN}")
+    return StoredTensor(kind, shape, start + offset, row_bytes)
+
+
+def _published_names(path, stored, architecture):
+    """Return {published name: name in the file}; names that are not llama.cpp's stay."""
+    if not any(name.startswith("enc.") for name in stored):
+        found = next((name for name in stored if re.match(r"(blk|dec)\.", name)), None)
+        if found:
+            raise CheckpointError(
+                f"{path.name}: a {architecture} file without an encoder (first tensor: {found}); expected T5Gemma's. "
+                "Gemma itself will not do. Use a GGUF of t5gemma-9b-9b-ul2 that holds its encoder."
+            )
+        return {name: name for name in stored}
+    names = {}
+    for name in stored:
+        block = BLOCK.fullmatch(name)
+        if name in OUTSIDE_BLOCKS:
+            published = OUTSIDE_BLOCKS[name]
+        elif block and block[2] in IN_BLOCK:
+            published = f"layers.{block[1]}.{IN_BLOCK[block[2]]}.weight"
+        elif name.startswith("enc."):
+            raise CheckpointError(
+                f"{path.name}: {name} has no place in T5Gemma's encoder; the file is a {architecture} model. Use a "
+                "GGUF of t5gemma-9b-9b-ul2."
+            )
+        else:
+            continue  # the decoder's
+        if ROOT + published in names:
+            raise CheckpointError(f"{path.name}: {name} and {names[ROOT + published]} are one tensor twice. {AGAIN}")
+        names[ROOT + published] = name
+    return names
+
+
+def _read(gguf, mapped, stored):
+    rows = math.prod(stored.shape[:-1])
+    kind = gguf.GGMLQuantizationType(stored.kind)
+    raw = np.frombuffer(mapped, np.uint8, rows * stored.row_bytes, stored.start)
+    if kind.name in PLAIN:
+        return torch.from_numpy(raw.copy()).view(PLAIN[kind.name]).reshape(stored.shape)
+    raw, numbers = raw.reshape(rows, -1), np.empty((rows, stored.shape[-1]), np.float32)
+    step = max(1, PIECE // stored.shape[-1])
+
+    def restore(row):
+        numbers[row : row + step] = gguf.quants.dequantize(raw[row : row + step], kind)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(restore, range(0, rows, step)):
+            pass  # each result is fetched, so that an error is raised
+    return torch.from_numpy(numbers).reshape(stored.shape)

@@ -1,0 +1,264 @@
+"""T5Gemma as GGUF: every quantisation within its error, both name styles, and files that are refused."""
+
+import sys
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from pack.model_loader.checkpoint import Checkpoint, CheckpointError
+from pack.model_loader.config import T5GEMMA_9B
+from pack.model_loader.load import load_text_encoder, published_tensors
+from pack.model_loader.text_encoder import TextEncoder
+
+gguf = pytest.importorskip("gguf", reason="optional package: pip install gguf")
+KIND = gguf.GGMLQuantizationType
+SMALL = replace(
+    T5GEMMA_9B,
+    vocab_size=50,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=2,
+    num_heads=2,
+    num_key_value_heads=1,
+)
+IDS = torch.tensor([[5, 9, 1, 30, 2, 7, 44, 12]])
+# Bounds on the relative error (rms) of normally distributed weights rounded to each type, and of the features after two
+# layers; measured: about two thirds of them.
+ERRORS = {
+    "F32": (0, 0),
+    "F16": (3e-4, 1e-3),
+    "BF16": (3e-3, 1e-2),
+    "Q8_0": (8e-3, 2e-2),
+    "Q6_K": (2.5e-2, 8e-2),
+    "Q5_K": (4.5e-2, 0.15),
+    "Q4_K": (9e-2, 0.3),
+}
+LLAMA = {  # ours -> llama.cpp's, written out apart from the loader's table
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_o",
+    "pre_self_attn_layernorm": "attn_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(7)
+    network = TextEncoder(SMALL).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.normal_(0, 0.3 if "norm" in name else 0.06)
+    return network
+
+
+def tensors_of(encoder):
+    return published_tensors("text_encoder", encoder.state_dict(), encoder.config)
+
+
+def llama_names(tensors):
+    """Rename as llama.cpp does, norms stored as 1 + w."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix("model.encoder.").removesuffix(".weight")
+        own = {"embed_tokens": "token_embd", "norm": "enc.output_norm"}.get(inner)
+        if own is None:
+            _, layer, rest = inner.split(".", 2)
+            own = f"enc.blk.{layer}.{LLAMA[rest]}"
+        renamed[f"{own}.weight"] = tensor + 1 if "norm" in name else tensor
+    return renamed
+
+
+def pack_q6_k(weights):
+    """Pack [rows, 256n] fp32 as Q6_K: 16 signed scales a block of 256, 6-bit numbers around 32."""
+    sub = weights.reshape(-1, 16, 16)
+    step = np.abs(sub).max(-1) / 31
+    whole = (step.max(-1) / 127).astype(np.float16)
+    scales = np.rint(step / whole[:, None].astype(np.float32)).astype(np.int8)
+    size = whole.astype(np.float32)[:, None, None] * scales[:, :, None]
+    q = (np.rint(sub / np.where(size == 0, 1, size)).clip(-32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = np.concatenate([q[:, :, :2] & 15 | (q[:, :, 2:] & 15) << 4], -1)
+    high = q[:, :, 0] >> 4 | q[:, :, 1] >> 4 << 2 | q[:, :, 2] >> 4 << 4 | q[:, :, 3] >> 4 << 6
+    blocks = [low.reshape(-1, 128), high.reshape(-1, 64), scales.view(np.uint8), whole[:, None].view(np.uint8)]
+    return np.concatenate(blocks, -1).reshape(len(weights), -1)
+
+
+def pack_q4_k(weights, bits=4):
+    """Pack [rows, 256n] fp32 as Q4_K or Q5_K: 8 six-bit scales and minima a block of 256, 4- or 5-bit numbers."""
+    sub = weights.reshape(-1, 8, 32)
+    least = np.maximum(-sub.min(-1), 0)
+    step = (sub.max(-1) + least) / (2**bits - 1)
+    wholes = [(part.max(-1) / 63).astype(np.float16) for part in (step, least)]
+    scale, floor = (
+        np.rint(part / whole[:, None].astype(np.float32)).astype(np.uint8)
+        for part, whole in zip((step, least), wholes, strict=True)
+    )
+    size, offset = (
+        whole.astype(np.float32)[:, None, None] * part[:, :, None]
+        for part, whole in zip((scale, floor), wholes, strict=True)
+    )
+    q = np.rint((sub + offset) / np.where(size == 0, 1, size)).clip(0, 2**bits - 1).astype(np.uint8)
+    fifth = [(q >> 4 << np.arange(8, dtype=np.uint8)[:, None]).sum(1, dtype=np.uint8)] if bits == 5 else []
+    q = (q & 15).reshape(-1, 4, 2, 32)
+    packed = [
+        scale[:, :4] | scale[:, 4:] >> 4 << 6,
+        floor[:, :4] | floor[:, 4:] >> 4 << 6,
+        scale[:, 4:] & 15 | (floor[:, 4:] & 15) << 4,
+    ]
+    wholes = [whole[:, None].view(np.uint8) for whole in wholes]
+    blocks = [*wholes, *packed, *fifth, (q[:, :, 0] | q[:, :, 1] << 4).reshape(-1, 128)]
+    return np.concatenate(blocks, -1).reshape(len(weights), -1)
+
+
+# The package dequantises these but does not quantise them.
+K_QUANTS = {KIND.Q6_K: pack_q6_k, KIND.Q5_K: partial(pack_q4_k, bits=5), KIND.Q4_K: pack_q4_k}
+
+
+def stored(array, kind):
+    if kind in K_QUANTS:
+        return K_QUANTS[kind](array)
+    return gguf.quants.quantize(array, kind)
+
+
+def write(path, tensors, kind="F32", architecture="t5gemma", **metadata):
+    """Write a GGUF as llama.cpp's tools do: vectors stay F32."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_array("tokenizer.ggml.tokens", ["<pad>", "<eos>", "<bos>"])
+    writer.add_array("tokenizer.ggml.scores", [0.0, -1.0, -2.0])
+    for key, value in metadata.items():
+        writer.add_uint16(key.replace("_", "."), value)
+    for name, tensor in tensors.items():
+        chosen = KIND[kind] if tensor.ndim > 1 else KIND.F32
+        array = tensor.detach().float().contiguous().numpy()
+        writer.add_tensor(name, stored(array, chosen), raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def refusal(path):
+    with pytest.raises(CheckpointError) as refused:
+        load_text_encoder(path, dtype=torch.float32)
+    message = str(refused.value)
+    assert path.name in message
+    return message
+
+
+def error(found, meant):
+    return float((found - meant).norm() / meant.norm())
+
+
+@pytest.mark.parametrize("style", ["hf", "llama.cpp"])
+@pytest.mark.parametrize("kind", ERRORS)
+@torch.no_grad()
+def test_each_quantisation_gives_the_features_within_its_error(tmp_path, encoder, kind, style):
+    tensors = tensors_of(encoder)
+    path = write(tmp_path / "t5.gguf", llama_names(tensors) if style == "llama.cpp" else tensors, kind)
+    found = load_text_encoder(path, dtype=torch.float32)
+    assert found.config == SMALL
+    weights, features = ERRORS[kind]
+    state = found.state_dict()
+    for name, meant in encoder.state_dict().items():
+        if "norm" in name:  # 1 + w and back rounds
+            assert torch.allclose(state[name], meant, rtol=0, atol=0 if style == "hf" else 2e-7)
+        else:
+            assert error(state[name], meant) <= weights
+            assert kind != "F32" or torch.equal(state[name], meant)
+    assert error(found(IDS), encoder(IDS)) <= features
+    if weights:
+        assert error(found(IDS), encoder(IDS)) > features / 30  # the bound means something
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", ""])
+@torch.no_grad()
+def test_shorter_hugging_face_names_and_a_decoder_beside(tmp_path, encoder, prefix):
+    tensors = {prefix + n.removeprefix("model.encoder."): t for n, t in tensors_of(encoder).items()}
+    if prefix:
+        beside = ("decoder.layers.0.self_attn.q_proj.weight", "lm_head.out_proj.weight")
+        tensors |= {name: torch.zeros(4, 256) for name in beside}
+    found = load_text_encoder(write(tmp_path / "t5.gguf", tensors), dtype=torch.float32)
+    assert torch.equal(found(IDS), encoder(IDS))
+
+
+def test_llama_names_with_a_decoder_beside(tmp_path, encoder):
+    tensors = llama_names(tensors_of(encoder)) | {"dec.blk.0.attn_q.weight": torch.zeros(4, 256)}
+    checkpoint = Checkpoint.open(write(tmp_path / "t5.gguf", tensors, "Q8_0"))
+    assert checkpoint.headers.keys() == tensors_of(encoder).keys()
+
+
+def test_a_cut_off_file_names_its_first_incomplete_tensor(tmp_path, encoder):
+    whole = write(tmp_path / "whole.gguf", tensors_of(encoder)).read_bytes()
+    last = list(tensors_of(encoder))[-1]
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(whole[:-64])
+    assert f"{last} ends at {len(whole)}; the file is cut off" in refusal(path)
+    for size, said in ((300, "unreadable GGUF header"), (70, "unreadable"), (10, "too short"), (0, "too short")):
+        path.write_bytes(whole[:size])
+        assert said in refusal(path)
+
+
+def test_other_content_and_versions_are_refused(tmp_path, encoder):
+    whole = write(tmp_path / "whole.gguf", tensors_of(encoder)).read_bytes()
+    path = tmp_path / "t5.gguf"
+    path.write_bytes(b"PK\3\4" + whole[4:])
+    assert "not a GGUF file" in refusal(path)
+    for version in (b"\1\0\0\0", b"\0\0\0\3"):
+        path.write_bytes(whole[:4] + version + whole[8:])
+        assert "GGUF version" in refusal(path)
+
+
+@pytest.mark.parametrize("kind, said", [(99, "unknown type 99"), (int(KIND.IQ2_S), "IQ2_S")])
+def test_an_unknown_quantisation_is_named_with_its_tensor(tmp_path, encoder, kind, said):
+    name = "model.encoder.layers.1.mlp.up_proj.weight"
+    content = bytearray(write(tmp_path / "whole.gguf", tensors_of(encoder)).read_bytes())
+    at = content.index(name.encode()) + len(name) + 4 + 2 * 8
+    content[at : at + 4] = kind.to_bytes(4, "little")
+    path = tmp_path / "t5.gguf"
+    path.write_bytes(content)
+    assert f"{name} is stored as {said}; expected F32, F16, BF16, Q8_0" in refusal(path)
+
+
+def test_other_models_are_refused(tmp_path, encoder):
+    llama = llama_names(tensors_of(encoder))
+    gemma = {name.removeprefix("enc."): tensor for name, tensor in llama.items()}
+    message = refusal(write(tmp_path / "gemma.gguf", gemma, architecture="gemma2"))
+    assert "a gemma2 file without an encoder (first tensor: blk." in message
+    t5 = llama | {"enc.blk.0.attn_rel_b.weight": torch.zeros(32, 8)}
+    assert "enc.blk.0.attn_rel_b.weight has no place" in refusal(write(tmp_path / "t5.gguf", t5, architecture="t5"))
+    other = {"model.layers.0.input_layernorm.weight": torch.zeros(8)}
+    assert "not a part of this model" in refusal(write(tmp_path / "llm.gguf", other))
+    decoder = {n.replace("encoder", "decoder"): t for n, t in tensors_of(encoder).items()}
+    decoder |= {"model.decoder.layers.0.cross_attn.q_proj.weight": torch.zeros(8, 8)}
+    assert "model.decoder.layers.0.cross_attn.q_proj.weight" in refusal(write(tmp_path / "decoder.gguf", decoder))
+    del llama["enc.blk.1.post_ffw_norm.weight"]
+    assert "layers.1.post_feedforward_layernorm.weight" in refusal(write(tmp_path / "part.gguf", llama))
+
+
+def test_part_of_a_split_file_is_refused(tmp_path, encoder):
+    path = write(tmp_path / "t5-00001-of-00002.gguf", tensors_of(encoder), split_count=2)
+    assert "one of 2 files of a split GGUF" in refusal(path)
+
+
+def test_without_the_package_the_message_says_how_to_install_it(tmp_path, encoder, monkeypatch):
+    path = write(tmp_path / "t5.gguf", tensors_of(encoder))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "python -m pip install gguf" in refusal(path)
+
+
+def test_a_tokenizer_json_beside_is_found(tmp_path, encoder):
+    from pack.model_loader.load import tokenizer_json
+
+    path = write(tmp_path / "t5.gguf", tensors_of(encoder))
+    assert tokenizer_json(path) is None
+    (tmp_path / "tokenizer.json").write_text('{"beside": 1}')
+    assert tokenizer_json(path) == '{"beside": 1}'
