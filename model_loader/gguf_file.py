@@ -27,13 +27,11 @@ IN_BLOCK = {  # llama.cpp's names of T5 encoder tensors, and of Gemma 2's for wh
     "attn_o": "self_attn.o_proj",
     "attn_output": "self_attn.o_proj",
     "post_attention_norm": "post_self_attn_layernorm",
-    "attn_post_norm": "post_self_attn_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
-    "ffn_post_norm": "post_feedforward_layernorm",
 }
 OUTSIDE_BLOCKS = {"token_embd.weight": "embed_tokens.weight", "enc.output_norm.weight": "norm.weight"}
 ROOT = "model.encoder."
