@@ -81,6 +81,7 @@ def convert(source, destination, dtype, *, variant=None, force=False):
             writer.write("adapter.rope.bands", bands)
         for name, tensor in _read_in_turn(source, entries):
             _write_tensor(writer, label, name, tensor, entries[name], bar)
+            del tensor  # before the next one is read
         bar.update(bar.total - bar.n)  # header and scales
     return writer.size
 
@@ -141,7 +142,9 @@ def _read_in_turn(source, entries):
 
 def _write_tensor(writer, label, name, tensor, entry, bar):
     pieces = tensor.reshape(-1).split(PIECE)
-    largest = torch.stack([piece.float().abs().amax() for piece in pieces]).amax()  # NaN wins every amax
+    largest = torch.zeros(())  # not a list of all results: they would lie between freed pieces and keep the heap large
+    for piece in pieces:
+        largest = torch.maximum(largest, piece.float().abs().amax())  # NaN wins
     if not torch.isfinite(largest):
         raise CheckpointError(
             f"{label}: {entry.source} holds NaN or infinite values, so nothing was written. Download it again, or use "
@@ -174,7 +177,7 @@ def main(arguments=None):
         sys.exit(f"convert: {error}")
     except KeyboardInterrupt:
         sys.exit("\nconvert: stopped; nothing was written.")
-    sys.stdout.write(f"{words.destination}: {size / 2**30:.2f} GiB\n")
+    sys.stdout.write(f"{words.destination}: {size / 2**20:,.1f} MiB\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections import namedtuple
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from pack.model_loader import convert as module
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError, TensorHeader
 from pack.model_loader.convert import convert
+from pack.model_loader.layouts import as_published
 from pack.model_loader.load import load_dit, load_text_encoder, load_video_vae, published_tensors, save_part
 from pack.model_loader.safetensors_writer import SafetensorsWriter
 from safetensors import safe_open
@@ -167,6 +169,35 @@ def test_a_layer_of_zeros_and_pieces_that_do_not_divide(tmp_path, dit, monkeypat
     assert not load_dit(tmp_path / "fp8.safetensors").block.layers[1].mlp.down_proj.weight.any()
 
 
+@pytest.mark.parametrize("write", [write_sharded, write_split, write_scaled], ids=lambda write: write.__name__)
+def test_one_tensor_and_one_set_of_open_files_at_a_time(tmp_path, dit, monkeypatch, write):
+    source = write(published(dit), tmp_path)
+    opened, tensors, open_now = weakref.WeakSet(), weakref.WeakSet(), Checkpoint.open
+
+    class Watched(Checkpoint):
+        @classmethod
+        def open(cls, path):
+            checkpoint = open_now(path)
+            opened.add(checkpoint)
+            return checkpoint
+
+    def watched(checkpoint):
+        seen = as_published(checkpoint)
+
+        def read(name):
+            assert len(opened) == 1 and not tensors
+            tensor = seen.read(name)
+            tensors.add(tensor)
+            return tensor
+
+        return Checkpoint(seen.path, seen.headers, seen.metadata, read)
+
+    monkeypatch.setattr(module, "Checkpoint", Watched)
+    monkeypatch.setattr(module, "as_published", watched)
+    monkeypatch.setattr(module, "REOPEN", 0)
+    convert(source, tmp_path / "new.safetensors", "fp8")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["block.layers.2.mlp.down_proj.weight", "final_norm_video.weight"])
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path, dit, name, value):
@@ -251,7 +282,7 @@ def test_autoencoders_are_refused(tmp_path, wan):
 def test_the_command_line(tmp_path, dit, capsys):
     source, target = write_sharded(published(dit), tmp_path), tmp_path / "new.safetensors"
     module.main([str(source), str(target), "--dtype", "fp8"])
-    assert "new.safetensors: 0.00 GiB" in capsys.readouterr().out
+    assert "new.safetensors: 0." in capsys.readouterr().out
     with pytest.raises(SystemExit, match="convert: .*--force"):
         module.main([str(source), str(target), "--dtype", "fp8"])
     module.main([str(source), str(target), "--dtype", "bf16", "--force"])
