@@ -4,6 +4,7 @@
     python3 run.py comfyui                                        start ComfyUI with these nodes and stay up
     python3 run.py test                                           run every test
     python3 run.py verify DIR                                     compare our networks with golden tensors
+    python3 run.py convert SRC DST --dtype fp8                    any published layout to one file, smaller
     python3 run.py train NAME | evaluate | bench | workflows      for developers
 
 `python3 run.py COMMAND --help` says more. The first run makes .venv and fetches ComfyUI (3 GB, a few minutes; 8 GB
@@ -116,6 +117,20 @@ def run_verify(words):
     run_module("verify", words, prepare())
 
 
+def run_convert(words):
+    """Write a transformer or text encoder in any published layout as one safetensors file, in bf16 or fp8.
+
+    usage: run.py convert SRC DST --dtype {bf16,fp8} [--variant {distill,base,540p_sr,1080p_sr}] [--force]
+
+    SRC        a file, a shard or a folder of shards
+    DST        the .safetensors file to write; it appears once it is complete
+    --dtype    of the linear layers; what is sensitive stays as precise as the model needs it
+    --variant  where neither SRC nor its name tells which transformer it is
+    --force    replace DST if it exists
+    """
+    run_module("model_loader.convert", words, prepare())
+
+
 def run_train(words):
     """Train one part of the built-in tiny model (nano/train_NAME.py; nano/README.md tells what takes how long).
 
@@ -156,6 +171,7 @@ COMMANDS = {
     "comfyui": run_comfyui,
     "test": run_test,
     "verify": run_verify,
+    "convert": run_convert,
     "train": run_train,
     "evaluate": run_evaluate,
     "bench": run_bench,

@@ -136,6 +136,15 @@ def save_part(path, weights, part, config, variant, *, tokenizer=None):
     if KEY_MAPS[network].part != part:
         raise ValueError(f"a {type(config).__name__} describes a {KEY_MAPS[network].part}, not a {part}")
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    metadata = part_metadata(part, config, variant, tokenizer)
+    save_file(published_tensors(network, state, config), unfinished, metadata)
+    os.replace(unfinished, path)
+
+
+def part_metadata(part, config, variant, tokenizer=None):
+    """Return the safetensors metadata of a file of ours, {str: str}; the arguments are those of `save_part`."""
     metadata = {
         "format": "pt",
         "happyhorse.part": part,
@@ -144,10 +153,7 @@ def save_part(path, weights, part, config, variant, *, tokenizer=None):
     }
     if tokenizer is not None:
         metadata["happyhorse.tokenizer"] = tokenizer
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    save_file(published_tensors(network, state, config), unfinished, metadata)
-    os.replace(unfinished, path)
+    return metadata
 
 
 def published_tensors(network, state, config):
