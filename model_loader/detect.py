@@ -32,7 +32,7 @@ VARIANT_NAMES = (  # how published files and folders call them
     ("1080p_sr", re.compile(r"1080p?[_-]?sr|sr[_-]?1080")),
     ("540p_sr", re.compile(r"540p?[_-]?sr|sr[_-]?540")),
     ("distill", re.compile(r"distill")),
-    ("base", re.compile(r"base")),
+    ("base", re.compile(r"base|^magi_human_bf16")),  # WanGP's base model is the one without a word of its own
 )
 
 
