@@ -15,15 +15,17 @@ NOT_WEIGHTS = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scal
 SPLIT = re.compile(
     rf"(.+\.(?:attention|mlp))\.(linear_[qkvg]|linear_proj|up_gate_proj|down_proj)(?:_({'|'.join(MODALITIES)}))?\.weight"
 )
-QKV = ("linear_q", "linear_k", "linear_v", "linear_g")  # rows of the published linear_qkv, in order
+# Rows of the published linear_qkv, in order. WanGP's network runs the four apart: their names tell which is which.
+QKV = ("linear_q", "linear_k", "linear_v", "linear_g")
 
 
 def as_published(checkpoint):
     """Return a Checkpoint with the published names and plain weights; the same object where it has them already.
 
     Nothing is read here: a scaled fp8 weight [rows, columns] becomes fp32 when it is read, times its scale (one
-    number, or one a row), and a split weight is stacked when it is read. CheckpointError names the file and tensor: for
-    an incomplete set here, for a scale that is not finite and positive when it is read.
+    number, or one a row), and a split weight is stacked when it is read. Where no weight has a scale, fp8 is a plain
+    cast and stays as it is. CheckpointError names the file and tensor: for an incomplete set here, for a scale that is
+    not finite and positive when it is read.
     """
     return _stacked(_multiplied_out(checkpoint))
 
@@ -43,6 +45,12 @@ def _multiplied_out(checkpoint):
     }
     if len(headers) == len(checkpoint.headers):
         return checkpoint
+    lost = [name for name, header in headers.items() if header.dtype in FP8] if scales else []
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.label}: {len(lost)} fp8 tensors have no scale (first: {lost[0]}), though the others have; "
+            "without it their values are wrong. Download the file again, or use another one."
+        )
 
     def read(name):
         tensor = checkpoint.read(name)

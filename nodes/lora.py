@@ -11,6 +11,7 @@ import comfy.weight_adapter
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from ..model_loader.dit_layers import MODALITIES
+from ..model_loader.layouts import QKV
 
 LAYER = re.compile(
     r"diffusion_model\.(block\.layers\.\d+\.(?:attention|mlp)\.\w+|adapter\.\w+|final_linear_\w+)"
@@ -19,14 +20,13 @@ LAYER = re.compile(
 PREFIXES = ("", "diffusion_model.", "transformer.", "base_model.model.", "base_model.model.diffusion_model.", "model.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")  # dots become underscores
 FUSED = "linear_qkv"
-SPLIT = ("linear_q", "linear_k", "linear_v", "linear_g")  # rows of a fused weight, in this order
 UP, DOWN, ALPHA, MID, DORA, RESHAPE = range(6)  # places in a LoRAAdapter's weights
 
 
 class HappyHorseLora(WeightAdapterBase):
     """Finds a layer's LoRA; as an object, the LoRAs of q, k, v and gate on the rows of a fused linear.
 
-    weights: for each of SPLIT the weights of a LoRAAdapter, or None.
+    weights: for each of QKV the weights of a LoRAAdapter, or None.
     """
 
     name = "lora"
@@ -59,7 +59,7 @@ class HappyHorseLora(WeightAdapterBase):
     def _split(cls, layer, suffix, lora, loaded_keys):
         if not layer.endswith(FUSED):
             return None
-        parts = [_find(layer.removesuffix(FUSED) + name + suffix, lora, loaded_keys) for name in SPLIT]
+        parts = [_find(layer.removesuffix(FUSED) + name + suffix, lora, loaded_keys) for name in QKV]
         weights = tuple(part and part.weights for part in parts)
         return cls(loaded_keys, weights) if any(weights) else None
 
