@@ -116,6 +116,14 @@ def test_joined_to_the_frame_and_to_the_sample(rate):
     assert torch.equal(waveform[..., seam + one :], sound["waveform"][..., 5 * one :])
 
 
+def test_shared_pictures_fade_from_the_old_clip_to_the_new():
+    sound = {"waveform": torch.zeros(1, 2, 13 * 1764), "sample_rate": 44100}
+    black, white = torch.zeros(13, 4, 4, 3), torch.ones(13, 4, 4, 3)
+    joined = Join.execute(black, sound, white, sound, 5).args[0]
+    levels = [0.0] * 8 + [0.0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 8
+    torch.testing.assert_close(joined, torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 4, 4, 3))
+
+
 def test_the_same_thing_joins_without_a_trace():
     """Cut in two with shared frames, a clip comes back as it was."""
     images, audio = clip(21)
