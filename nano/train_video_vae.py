@@ -1,10 +1,12 @@
-"""Train nano's video VAE: core's Wan2.2 class, narrow; single frames, then clips, then the decoder alone.
+"""Train nano's video VAE: core's Wan2.2 class, narrow; single frames, clips, the decoder alone, then both in step.
 
-python as_package.py nano.train_video_vae                    all three stages
-python as_package.py nano.train_video_vae --from-weights     the last stage again, on the weights that are there
+python as_package.py nano.train_video_vae                        all four stages
+python as_package.py nano.train_video_vae --from decoder         the last two, on the weights that are there
+python as_package.py nano.train_video_vae --from together        the last one
 """
 
 import argparse
+import copy
 import multiprocessing
 from dataclasses import replace
 
@@ -34,6 +36,7 @@ IMAGES, CLIPS = (1, 32), (17, 4)  # frames, and how many a batch
 CHANNELS = 16
 SPREAD = 1.2  # deviation of a normalised channel whose raw deviation is 1
 LATENT_NOISE = 0.08  # deviation of what the decoder learns to overlook, in normalised units
+HELD = 0.1  # weight of the square by which the last stage moves a normalised latent, beside `distance`
 
 
 def render_clip(seed):
@@ -183,6 +186,29 @@ def train_decoder(whole, pool, steps):
     return train("video_decoder", whole, loss_of_step, steps=steps, peak_rate=1e-3, warmup=30, ema=0.995, save_every=50)
 
 
+def train_together(whole, pool, steps):
+    """Train encoder and decoder of a VideoVAE on clips, its latents held near what they were.
+
+    The transformer that was trained on those goes on from there (nano.latents encodes the clips again).
+    """
+    before = copy.deepcopy(whole).requires_grad_(False)
+    whole.requires_grad_(False)
+    whole.vae.requires_grad_(True)
+
+    def loss_of_step(step):
+        pixels = batch(pool, 3 * 10**6 + step, CLIPS[1], CLIPS[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = whole.encode(pixels)
+            moved = (latent - before.encode(pixels))[:, :CHANNELS].float().square().mean()
+            noise = LATENT_NOISE * torch.randn_like(latent)
+            noise[:, CHANNELS:] = 0
+            result = whole.decode_raw(latent + noise)
+        numbers = {"psnr": psnr(result.detach(), pixels), "moved": moved.item() ** 0.5}
+        return distance(result, pixels) + HELD * moved, numbers
+
+    return train("video_vae_together", whole, loss_of_step, steps=steps, peak_rate=5e-4, ema=0.995, save_every=50)
+
+
 def distance(result, pixels):
     """Return the loss between two pixel tensors in [-1,1]."""
     return F.l1_loss(result, pixels) + 4 * F.mse_loss(result, pixels)
@@ -193,18 +219,18 @@ def main():
     parser.add_argument("--image-steps", type=int, default=1500)
     parser.add_argument("--clip-steps", type=int, default=700)
     parser.add_argument("--decoder-steps", type=int, default=3400)
+    parser.add_argument("--together-steps", type=int, default=2000)
     parser.add_argument("--pool", type=int, default=1200, help="clips rendered for training")
-    parser.add_argument("--from-weights", action="store_true", help="train the decoder of nano/weights only")
+    parser.add_argument("--from", dest="stage", choices=("decoder", "together"), help="go on from nano/weights here")
     options = parser.parse_args()
     quicken_video_vae()
     pool = clips(options.pool)
     path = WEIGHTS / "nano_video_vae.safetensors"
-    if options.from_weights:
-        whole = load_video_vae(path)
-    else:
-        whole = with_principal_latent(train_autoencoder(pool, options.image_steps, options.clip_steps), pool)
-        save(whole, path)
-    save(train_decoder(whole, pool, options.decoder_steps), path)
+    if options.stage is None:
+        save(with_principal_latent(train_autoencoder(pool, options.image_steps, options.clip_steps), pool), path)
+    if options.stage != "together":
+        save(train_decoder(load_video_vae(path), pool, options.decoder_steps), path)
+    save(train_together(load_video_vae(path), pool, options.together_steps), path)
 
 
 def save(whole, path):
