@@ -1,122 +1,25 @@
 """Measure nano on prompts that training has not seen: clips written by a real ComfyUI, read back, and judged.
 
-python3 run.py evaluate                    64 clips from prompts, 16 from a first image, through ComfyUI's API
+python3 run.py evaluate                    64 clips from prompts, 16 each from image and soundtrack, by its API
 python3 run.py evaluate --in-process       the same clips without a server (samples only, no mp4), quicker
 ... --in-process --teacher --guidance 3    the teacher of nano/runs with guided Euler steps, for comparison
 """
 
 import argparse
-import json
-import os
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ..launch import ROOT
-from ..launch.client import Client
-from ..launch.demo import clip_path, fill
-from ..launch.server import Server
-from ..model_loader.load import load_audio_vae, load_dit, load_text_encoder, load_video_vae, tokenizer_json
-from ..sampler.denoise import denoise_renoise, seeded_noise
-from ..sampler.schedule import flow_sigmas
+from ..model_loader.load import load_video_vae
 from . import world
-from .latents import FRAMES, LATENTS, SOUNDS, empty_prompt
-from .measure import matched, observe, pearson, read_clip
-from .prompts import draw_prompt
-from .train_distill import guided_velocity, load_teacher, walk
+from .cases import InProcess, SuperResolution, clips_from_comfyui, draw_cases
+from .latents import FRAMES
+from .measure import matched, observe, pearson
 from .training import WEIGHTS
 
-SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One clip to make: its number (also the seed), the scene of its prompt, the picture it starts from, if any."""
-
-    number: int
-    scene: world.Scene
-    prompt: str
-    image: np.ndarray | None
-
-
-def draw_cases(count, with_image):
-    """Return `count` cases, kinds in turn, every prompt from the evaluation share and naming both colours."""
-    cases = []
-    for number in range(count):
-        rng = np.random.default_rng((71 + with_image, number))
-        scene = world.draw_scene(rng, kind=world.KINDS[number % 3])
-        prompt = draw_prompt(scene, rng, evaluation=True)
-        while scene.background not in prompt:
-            prompt = draw_prompt(scene, rng, evaluation=True)
-        image = (world.render_frames(scene, 1)[0] * 255 + 0.5).astype(np.uint8) if with_image else None
-        cases.append(Case(number, scene, prompt, image))
-    return cases
-
-
-def clips_from_comfyui(cases, folder):
-    """Yield (case, frames, mono sound, rate, seconds from queued to written) of clips made through ComfyUI's API."""
-    workflows = {
-        kind: json.loads((ROOT / "workflows" / "api" / f"nano_{kind}.json").read_text("utf-8"))
-        for kind in ("t2v", "i2v")
-    }
-    with Server(os.environ["COMFYUI_PATH"], folder) as server:
-        client = Client(server.url, server.check_alive)
-        for case in cases:
-            values = {"text": case.prompt, "seed": case.number, "seconds": SECONDS}
-            if case.image is not None:
-                values["image"] = f"case{case.number}.png"
-                Image.fromarray(case.image).save(server.input / values["image"])
-            graph = fill(json.loads(json.dumps(workflows["t2v" if case.image is None else "i2v"])), values)
-            began = time.time()
-            outputs = client.run(graph)
-            seconds = time.time() - began
-            frames, sound, rate, _ = read_clip(clip_path(outputs, folder))
-            yield case, frames, sound, rate, seconds
-
-
-class InProcess:
-    """nano without ComfyUI: the same networks, loops and seeds, decoded frames instead of an mp4."""
-
-    def __init__(self, teacher=False, steps=8, guidance=1.0):
-        self.teacher, self.guidance, self.sigmas = teacher, guidance, flow_sigmas(steps)
-        self.dit = load_teacher() if teacher else load_dit(WEIGHTS / "nano_dit.safetensors")
-        path = WEIGHTS / "nano_text_encoder.safetensors"
-        self.text_encoder, self.tokenizer = load_text_encoder(path), tokenizer_json(path)
-        self.video_vae = load_video_vae(WEIGHTS / "nano_video_vae.safetensors")
-        self.audio_vae = load_audio_vae(WEIGHTS / "nano_audio_vae.safetensors")
-        self.empty = empty_prompt()
-
-    @torch.inference_mode()
-    def __call__(self, case):
-        """Return (frames uint8 [49,96,96,3], mono sound, rate)."""
-        from tokenizers import Tokenizer
-
-        ids = torch.tensor([Tokenizer.from_str(self.tokenizer).encode(case.prompt).ids])
-        text = self.text_encoder(ids).float()
-        noise = seeded_noise(case.number)
-        side = world.SIZE // 16
-        video, audio = noise(torch.empty(1, 48, LATENTS, side, side)), noise(torch.empty(1, SOUNDS, 64))
-        image = None
-        if case.image is not None:
-            pixels = torch.from_numpy(case.image).float().permute(2, 0, 1)[None, :, None] / 127.5 - 1
-            image = self.video_vae.encode(pixels)
-        if self.teacher:
-            if image is not None:
-                video[:, :, :1] = image
-            velocity = lambda v, a: guided_velocity(self.dit, v, a, text, self.empty, self.guidance)  # noqa: E731
-            *_, (video, audio) = walk(velocity, video, audio, self.sigmas, image_given=image is not None)
-        else:
-            video, audio = denoise_renoise(
-                lambda v, a, sigma: self.dit(v, a, text), video, audio, self.sigmas, noise=noise, image=image
-            )
-        frames = ((self.video_vae.decode(video)[0].permute(1, 2, 3, 0) * 0.5 + 0.5) * 255).round().to(torch.uint8)
-        sound = self.audio_vae.decode_for_playback(audio.transpose(1, 2))[0].mean(0)
-        return frames.numpy(), sound.numpy(), 44100
+SR_CLIPS = 6
 
 
 class Tally:
@@ -132,14 +35,18 @@ class Tally:
     def judge(self, case, frames, sound, rate):
         """Add all that one clip shows to the counts."""
         scene, seen = case.scene, observe(frames, sound, rate)
+        count = min(len(seen.mouth), len(seen.loudness))
+        lips = pearson(seen.mouth[:count], seen.loudness[:count])
+        hits = matched(seen.contacts, seen.tones)
         self.add("kind right", seen.kind == scene.kind)
         self.add("thing colour right", seen.colour == scene.colour)
         self.add("ground colour right", seen.background == scene.background)
+        if case.sound is not None:
+            either = max(1, len(seen.contacts) + len(seen.tones))
+            self.add("follows the soundtrack", lips >= 0.5 if scene.kind == "face" else 2 * hits / either >= 0.5)
         if scene.kind == "face":
-            count = min(len(seen.mouth), len(seen.loudness))
-            self.add("mouth and loudness r", pearson(seen.mouth[:count], seen.loudness[:count]))
+            self.add("mouth and loudness r", lips)
         else:
-            hits = matched(seen.contacts, seen.tones)
             for index in range(max(1, len(seen.contacts))):  # a thing that never lands has failed once
                 self.add("contacts with a tone within 80 ms", index < hits)
             for index in range(len(seen.tones)):
@@ -159,6 +66,21 @@ class Tally:
         return [(n, 100 * np.mean(v) if shares(n) else np.mean(v), len(v)) for n, v in self.values.items()]
 
 
+def psnr(a, b):
+    """Return the PSNR in dB of two pixel tensors in [-1,1]."""
+    return -10 * torch.log10(((a - b) / 2).square().mean()).item()
+
+
+def super_resolution_psnr(count):
+    """Return the mean PSNR in dB, against the true large clip, of the second stage and of bicubic enlargement."""
+    refine = SuperResolution()
+    values = [
+        (psnr(refined, true), psnr(bicubic, true))
+        for true, refined, bicubic in map(refine, draw_cases(count, "prompt"))
+    ]
+    return np.mean(values, axis=0)
+
+
 def reconstruction_psnr(count=12):
     """Return the mean PSNR in dB of the video VAE on clips that its training has not seen."""
     vae = load_video_vae(WEIGHTS / "nano_video_vae.safetensors")
@@ -167,8 +89,7 @@ def reconstruction_psnr(count=12):
         scene = world.draw_scene(np.random.default_rng((73, number)), kind=world.KINDS[number % 3])
         pixels = torch.from_numpy(world.render_frames(scene, FRAMES)).permute(3, 0, 1, 2)[None] * 2 - 1
         with torch.inference_mode():
-            error = (vae.decode(vae.encode(pixels)) - pixels) / 2
-        values.append(-10 * torch.log10(error.square().mean()).item())
+            values.append(psnr(vae.decode(vae.encode(pixels)), pixels))
     return float(np.mean(values))
 
 
@@ -176,6 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=64, help="from prompts alone")
     parser.add_argument("--image-clips", type=int, default=16, help="from a prompt and a first image")
+    parser.add_argument("--sound-clips", type=int, default=16, help="from a prompt and a soundtrack")
     parser.add_argument("--in-process", action="store_true", help="no server, no mp4")
     parser.add_argument("--teacher", action="store_true", help="judge the teacher (with --in-process)")
     parser.add_argument("--steps", type=int, default=8)
@@ -186,11 +108,13 @@ def main():
         parser.error("--teacher needs --in-process: the teacher is no file that ComfyUI could load")
     print("| what | value | of |\n|---|---|---|")
     print(f"| VAE reconstruction PSNR dB | {reconstruction_psnr():.1f} | 12 |", flush=True)
-    for label, cases in (
-        ("prompt", draw_cases(options.clips, False)),
-        ("image", draw_cases(options.image_clips, True)),
-    ):
-        tally = Tally()
+    if (WEIGHTS / "nano_sr.safetensors").exists() and not options.teacher:
+        refined, bicubic = super_resolution_psnr(SR_CLIPS)
+        print(f"| super-resolution PSNR dB | {refined:.1f} | {SR_CLIPS} |")
+        print(f"| bicubic enlargement PSNR dB | {bicubic:.1f} | {SR_CLIPS} |", flush=True)
+    counts = {"prompt": options.clips, "image": options.image_clips, "soundtrack": options.sound_clips}
+    for label, count in counts.items():
+        cases, tally = draw_cases(count, label), Tally()
         if options.in_process:
             make = InProcess(options.teacher, options.steps, options.guidance) if cases else None
             for case in cases:

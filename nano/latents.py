@@ -20,29 +20,34 @@ def scene_of(index):
     return world.draw_scene(np.random.default_rng((41, index)))
 
 
-def encode_clips(count, size=8):
-    """Return (video [count,48,13,6,6], audio [count,51,64]), float16 on disk; goes on where a killed run stopped."""
+def encode_clips(count, scale=1, size=8):
+    """Return (video [count,48,13,6*scale,6*scale], audio [count,51,64]) of the first `count` scenes.
+
+    float16 on disk; goes on where a killed run stopped. scale: of the pictures' sides, 1 or 2.
+    """
     RUNS.mkdir(exist_ok=True)
-    done_file = RUNS / "latents_done.txt"
-    shapes = {"video": (count, 48, LATENTS, world.SIZE // 16, world.SIZE // 16), "audio": (count, SOUNDS, 64)}
+    name = str(count) if scale == 1 else f"{count}_x{scale}"
+    done_file = RUNS / f"latents_done_{name}.txt"
+    side = world.SIZE * scale // 16
+    shapes = {"video": (count, 48, LATENTS, side, side), "audio": (count, SOUNDS, 64)}
     done = int(done_file.read_text()) if done_file.exists() else 0
     kept = {}
-    for name, shape in shapes.items():
-        path = RUNS / f"latents_{name}_{count}.npy"
+    for part, shape in shapes.items():
+        path = RUNS / f"latents_{part}_{name}.npy"
         fresh = not path.exists()
         done = 0 if fresh else done
-        kept[name] = np.lib.format.open_memmap(path, mode="w+" if fresh else "r+", dtype=np.float16, shape=shape)
+        kept[part] = np.lib.format.open_memmap(path, mode="w+" if fresh else "r+", dtype=np.float16, shape=shape)
     if done >= count:
         return kept["video"], kept["audio"]
     quicken_video_vae()
     video_vae, audio_vae = (
-        load(WEIGHTS / f"nano_{name}_vae.safetensors")
-        for load, name in ((load_video_vae, "video"), (load_audio_vae, "audio"))
+        load(WEIGHTS / f"nano_{part}_vae.safetensors")
+        for load, part in ((load_video_vae, "video"), (load_audio_vae, "audio"))
     )
     with torch.no_grad():
         for start in range(done, count, size):
             scenes = [scene_of(i) for i in range(start, min(count, start + size))]
-            pixels = torch.from_numpy(np.stack([world.render_frames(s, FRAMES) for s in scenes])) * 2 - 1
+            pixels = torch.from_numpy(np.stack([world.render_frames(s, FRAMES, scale) for s in scenes])) * 2 - 1
             sound = torch.from_numpy(np.stack([world.render_sound(s, SOUNDS) for s in scenes]))
             with torch.autocast("cpu", torch.bfloat16):
                 video = video_vae.encode(pixels.permute(0, 4, 1, 2, 3))

@@ -16,7 +16,7 @@ from ..model_loader.dit import DiT
 from ..model_loader.load import save_part
 from ..sampler.schedule import flow_sigmas
 from . import preview
-from .train_dit import CONFIG, EVERYTHING, FIRST_FRAME, Examples, draw_mode, noised
+from .train_dit import CONFIG, EVERYTHING, FIRST_FRAME, Examples, draw_mode, noised, to_bf16_linears
 from .training import RUNS, WEIGHTS, bf16_matmuls, plain_attention, train
 
 STEPS = 8
@@ -111,12 +111,6 @@ def main():
     )
     save_part(WEIGHTS / "nano_dit.safetensors", to_bf16_linears(student), "dit", CONFIG, "distill")
     preview.main()
-
-
-def to_bf16_linears(dit):
-    """Return the state dict in the published precision: bf16 linears; fp32 adapter, norms, final linears."""
-    reference = DiT(CONFIG, dtype=torch.bfloat16, device="meta").state_dict()
-    return {name: tensor.to(reference[name].dtype) for name, tensor in dit.state_dict().items()}
 
 
 if __name__ == "__main__":

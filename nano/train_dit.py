@@ -98,12 +98,18 @@ def initialise(dit):
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
             if "proj" in name and "up_gate" not in name:
-                weight.data *= (2 * CONFIG.num_layers) ** -0.5
+                weight.data *= (2 * dit.config.num_layers) ** -0.5
             if "final_linear" in name:
                 weight.data.zero_()
             if name == "adapter.video_embedder.weight":
                 weight.data.unflatten(1, (-1, 4))[:, CHANNELS:] = 0  # patches have their channel slowest
     return dit
+
+
+def to_bf16_linears(dit):
+    """Return the state dict in the published precision: bf16 linears; fp32 adapter, norms, final linears."""
+    reference = DiT(dit.config, dtype=torch.bfloat16, device="meta").state_dict()
+    return {name: tensor.to(reference[name].dtype) for name, tensor in dit.state_dict().items()}
 
 
 def main():

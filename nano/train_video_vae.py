@@ -1,4 +1,4 @@
-"""Train nano's video VAE: core's Wan2.2 class, narrow; single frames, clips, the decoder alone, then both in step.
+"""Train nano's video VAE: core's Wan2.2 class, narrow; frames, clips, the decoder alone, then both on two sizes.
 
 python as_package.py nano.train_video_vae                        all four stages
 python as_package.py nano.train_video_vae --from decoder         the last two, on the weights that are there
@@ -30,33 +30,34 @@ CONFIG = WanVAEConfig(
     latent_mean=(0.0,) * 48,
     latent_std=(1.0,) * 48,
 )
-IMAGES, CLIPS = (1, 32), (17, 4)  # frames, and how many a batch
+IMAGES, CLIPS, LARGE_CLIPS = (1, 32), (17, 4), (17, 1)  # frames, and how many a batch
 # Of the 48 latent channels this many carry the world (the other 32: under 1 % of the variance); the rest are zero, so
 # that the transformer, narrower than 48 channels of noise in a patch, has to pass on a third of it only.
 CHANNELS = 16
 SPREAD = 1.2  # deviation of a normalised channel whose raw deviation is 1
 LATENT_NOISE = 0.08  # deviation of what the decoder learns to overlook, in normalised units
-HELD = 0.1  # weight of the square by which the last stage moves a normalised latent, beside `distance`
+HELD = 1.0  # weight of the square by which the last stage moves a normalised latent, beside `distance`
 
 
-def render_clip(seed):
-    """Return one clip of the world as uint8 [49,96,96,3]."""
+def render_clip(seed, scale):
+    """Return one clip of the world as uint8 [49,H,W,3], H = W = 96 * scale."""
     scene = world.draw_scene(np.random.default_rng((11, seed)))
-    return (world.render_frames(scene, 49) * 255 + 0.5).astype(np.uint8)
+    return (world.render_frames(scene, 49, scale) * 255 + 0.5).astype(np.uint8)
 
 
-def clips(count):
-    """Return `count` clips as uint8 [count,49,96,96,3], rendered once and kept in nano/runs."""
-    path = RUNS / f"clips_{count}.npy"
+def clips(count, scale=1):
+    """Return `count` clips as uint8 [count,49,H,W,3], H = W = 96 * scale, rendered once and kept in nano/runs."""
+    path = RUNS / (f"clips_{count}.npy" if scale == 1 else f"clips_{count}_x{scale}.npy")
     if not path.exists():
         RUNS.mkdir(exist_ok=True)
         with multiprocessing.Pool(2) as pool:
-            np.save(path, np.stack(pool.map(render_clip, range(count), chunksize=16)))
+            rendered = pool.starmap(render_clip, [(seed, scale) for seed in range(count)], chunksize=16)
+            np.save(path, np.stack(rendered))
     return np.load(path, mmap_mode="r")
 
 
 def batch(pool, step, size, frames):
-    """Return pixels [size,3,frames,96,96] in [-1,1]: windows of the pool chosen by `step`, half of them mirrored."""
+    """Return pixels [size,3,frames,H,W] in [-1,1]: windows of the pool chosen by `step`, half of them mirrored."""
     rng = np.random.default_rng((12, step))
     starts = rng.integers(0, pool.shape[1] - frames + 1, size)
     chosen = rng.integers(0, len(pool), size)
@@ -186,27 +187,33 @@ def train_decoder(whole, pool, steps):
     return train("video_decoder", whole, loss_of_step, steps=steps, peak_rate=1e-3, warmup=30, ema=0.995, save_every=50)
 
 
-def train_together(whole, pool, steps):
-    """Train encoder and decoder of a VideoVAE on clips, its latents held near what they were.
+def train_together(whole, pool, large, steps):
+    """Train encoder and decoder of a VideoVAE, in turn on clips and on ones of twice the size.
 
-    The transformer that was trained on those goes on from there (nano.latents encodes the clips again).
+    The latents of the smaller are held to what they were, so that a transformer trained on those stays valid.
     """
     before = copy.deepcopy(whole).requires_grad_(False)
     whole.requires_grad_(False)
     whole.vae.requires_grad_(True)
 
     def loss_of_step(step):
-        pixels = batch(pool, 3 * 10**6 + step, CLIPS[1], CLIPS[0])
+        small = step % 2 == 0
+        frames, size = CLIPS if small else LARGE_CLIPS
+        pixels = batch(pool if small else large, 3 * 10**6 + step, size, frames)
         with torch.autocast("cpu", torch.bfloat16):
             latent = whole.encode(pixels)
-            moved = (latent - before.encode(pixels))[:, :CHANNELS].float().square().mean()
-            noise = LATENT_NOISE * torch.randn_like(latent)
+            noise = torch.randn_like(latent)
             noise[:, CHANNELS:] = 0
-            result = whole.decode_raw(latent + noise)
-        numbers = {"psnr": psnr(result.detach(), pixels), "moved": moved.item() ** 0.5}
-        return distance(result, pixels) + HELD * moved, numbers
+            result = whole.decode_raw(latent + LATENT_NOISE * noise)
+            moved = (latent - before.encode(pixels))[:, :CHANNELS].square().mean() if small else torch.zeros(())
+        loss = distance(result, pixels) + HELD * moved
+        name = "psnr" if small else "psnr_large"
+        return loss, {name: psnr(result.detach(), pixels), **({"moved": moved.item() ** 0.5} if small else {})}
 
-    return train("video_vae_together", whole, loss_of_step, steps=steps, peak_rate=5e-4, ema=0.995, save_every=50)
+    slow = torch.nn.ModuleList([whole.vae.encoder, whole.vae.conv1])
+    return train(
+        "video_vae_together", whole, loss_of_step, steps=steps, peak_rate=4e-4, slow=slow, ema=0.995, save_every=50
+    )
 
 
 def distance(result, pixels):
@@ -221,6 +228,7 @@ def main():
     parser.add_argument("--decoder-steps", type=int, default=3400)
     parser.add_argument("--together-steps", type=int, default=2000)
     parser.add_argument("--pool", type=int, default=1200, help="clips rendered for training")
+    parser.add_argument("--large-pool", type=int, default=300, help="clips of twice the size")
     parser.add_argument("--from", dest="stage", choices=("decoder", "together"), help="go on from nano/weights here")
     options = parser.parse_args()
     quicken_video_vae()
@@ -230,7 +238,8 @@ def main():
         save(with_principal_latent(train_autoencoder(pool, options.image_steps, options.clip_steps), pool), path)
     if options.stage != "together":
         save(train_decoder(load_video_vae(path), pool, options.decoder_steps), path)
-    save(train_together(load_video_vae(path), pool, options.together_steps), path)
+    large = clips(options.large_pool, scale=2)
+    save(train_together(load_video_vae(path), pool, large, options.together_steps), path)
 
 
 def save(whole, path):

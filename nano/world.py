@@ -124,17 +124,20 @@ def mouth(scene, times):
     return opening, vowel
 
 
-def render_frames(scene, frames):
-    """Return `frames` frames at 25 fps as float32 RGB [F,96,96,3] in [0,1], edges antialiased over one pixel."""
+def render_frames(scene, frames, scale=1):
+    """Return `frames` frames at 25 fps as float32 RGB [F,H,W,3] in [0,1], edges antialiased over one pixel.
+
+    H = W = 96 * scale, a whole number: the same scene, drawn larger.
+    """
     times = np.arange(frames) / FPS
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+    y, x = (np.mgrid[0 : SIZE * scale, 0 : SIZE * scale].astype(np.float32) + 0.5) / scale
     ground = np.array(COLOURS[scene.background], np.float32) / 255
     skin = np.array(COLOURS[scene.colour], np.float32) / 255
-    picture = np.broadcast_to(ground, (frames, SIZE, SIZE, 3)).copy()
-    picture[:, FLOOR:] *= 0.72
+    picture = np.broadcast_to(ground, (frames, *x.shape, 3)).copy()
+    picture[:, FLOOR * scale :] *= 0.72
 
     def paint(distance, colour):
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]
+        cover = np.clip(0.5 - distance * scale, 0, 1)[..., None]
         np.copyto(picture, picture + cover * (np.asarray(colour, np.float32) - picture))
 
     if scene.kind == "face":

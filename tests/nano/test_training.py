@@ -35,6 +35,18 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     assert not list((tmp_path / "b").glob("*.part"))
 
 
+def test_the_slow_part_learns_at_a_fifth(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "RUNS", tmp_path)
+    module = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)])
+    before = [part.weight.item() for part in module]
+    training.train(
+        "tiny", module, lambda step: (sum(part.weight.sum() for part in module), {}),
+        steps=1, peak_rate=0.1, warmup=1, weight_decay=0.0, slow=module[1],
+    )  # fmt: skip
+    fast, slow = (was - part.weight.item() for was, part in zip(before, module, strict=True))
+    assert fast == pytest.approx(0.1, rel=1e-3) and slow == pytest.approx(0.02, rel=1e-3)
+
+
 def test_rate_rises_then_falls():
     rates = [training.learning_rate(step, 1000, 1.0, warmup=100) for step in range(1000)]
     assert rates[0] < 0.02 and max(rates) == rates[99] and rates[-1] < 0.03

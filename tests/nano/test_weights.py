@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pack.model_loader.load import load_audio_vae, load_dit, load_text_encoder, load_video_vae, tokenizer_json
 from pack.nano import world
-from pack.nano.evaluate import Case, InProcess
+from pack.nano.cases import Case, InProcess
 from pack.nano.training import WEIGHTS
 from tokenizers import Tokenizer
 
@@ -60,7 +60,7 @@ def test_text_encoder_survives_any_text():
 def test_same_seed_same_clip_another_seed_another():
     make = InProcess()
     scene = world.draw_scene(np.random.default_rng(83), kind="ball")
-    cases = [Case(number, scene, "A red ball bounces on a blue floor", None) for number in (1, 1, 2)]
+    cases = [Case(number, scene, "A red ball bounces on a blue floor") for number in (1, 1, 2)]
     (one, sound, rate), (same, same_sound, _), (other, _, _) = map(make, cases)
     assert one.shape == (49, 96, 96, 3) and rate == 44100 and np.isfinite(sound).all()
     assert np.array_equal(one, same) and np.array_equal(sound, same_sound)

@@ -1,0 +1,94 @@
+"""Train nano's super-resolution transformer: from a clip's noised, resized latents to those of twice the size.
+
+    python as_package.py nano.train_super_resolution
+
+It walks a straight path: at noise level 1 stands what the sampler starts from (`start_super_resolution`), at 0 the
+latent of the large clip. Both come from the video VAE, so train that first.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+from ..model_loader.config import DiTConfig
+from ..model_loader.dit import DiT
+from ..model_loader.load import load_video_vae, save_part
+from ..sampler.super_resolution import AUDIO_NOISE_SHARE, noised_latent, upsample_latent
+from .latents import encode_clips, encode_prompts
+from .train_dit import draw_mode, draw_sigmas, initialise, to_bf16_linears
+from .train_video_vae import CHANNELS
+from .training import WEIGHTS, bf16_matmuls, plain_attention, train
+
+CONFIG = DiTConfig(
+    num_layers=4,
+    hidden_size=128,
+    head_dim=32,
+    num_query_groups=1,
+    video_in_channels=192,
+    audio_in_channels=64,
+    text_in_channels=96,
+    expert_layers=(0,),
+    gelu7_layers=(0,),
+    local_attention_layers=(1, 2),
+    frame_receptive_field=2,
+    positions="v1",
+)
+BATCH = 8
+
+
+class Pairs:
+    """Batches of one clip's latents at both sizes with its sound and a prompt, chosen by the step alone."""
+
+    def __init__(self, clips):
+        self.small, self.audio = (np.asarray(part) for part in encode_clips(clips))
+        self.large, _ = encode_clips(clips, scale=2)
+        self.prompts = encode_prompts(clips)
+        self.lengths = sorted(self.prompts)
+        counts = np.array([len(self.prompts[n][0]) for n in self.lengths], float)
+        self.shares = counts / counts.sum()
+
+    def draw(self, rng):
+        """Return (small [B,48,13,6,6], large [B,48,13,12,12], audio [B,51,64], text [B,n,96]) fp32."""
+        clips, features = self.prompts[rng.choice(self.lengths, p=self.shares)]
+        rows = rng.integers(0, len(clips), BATCH)
+        chosen = clips[rows]
+        parts = (self.small[chosen], self.large[chosen], self.audio[chosen], features[rows])
+        return tuple(torch.from_numpy(part.astype(np.float32)) for part in parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--clips", type=int, default=600)
+    options = parser.parse_args()
+    pairs = Pairs(options.clips)
+    torch.manual_seed(0)
+    dit = initialise(DiT(CONFIG, dtype=torch.float32))
+    # Errors count as they do in the raw latent, where every channel moves the pixels about as much.
+    std = torch.tensor(load_video_vae(WEIGHTS / "nano_video_vae.safetensors").config.latent_std[:CHANNELS])
+    importance = (std / std.square().mean().sqrt()).square().view(-1, 1, 1, 1)
+
+    def loss_of_step(step):
+        rng = np.random.default_rng((91, step))
+        small, large, audio, text = pairs.draw(rng)
+        image_given, _ = draw_mode(rng)
+        noise = torch.randn_like(large)
+        noise[:, CHANNELS:] = 0
+        start = noised_latent(upsample_latent(small, *large.shape[-2:]), noise)
+        sigma = draw_sigmas(rng, len(large)).view(-1, 1, 1, 1, 1)
+        x = sigma * start + (1 - sigma) * large
+        first = 1 if image_given else 0
+        x[:, :, :first] = large[:, :, :first]
+        heard = AUDIO_NOISE_SHARE * torch.randn_like(audio) + (1 - AUDIO_NOISE_SHARE) * audio
+        with bf16_matmuls():
+            velocity, _ = dit(x, heard, text, attention=plain_attention)
+        wrong = (velocity - (start - large))[:, :CHANNELS, first:].square()
+        return (importance * wrong).mean(), {"video": wrong.mean().item()}
+
+    dit = train("super_resolution", dit, loss_of_step, steps=options.steps, peak_rate=2e-3, warmup=100, ema=0.998)
+    save_part(WEIGHTS / "nano_sr.safetensors", to_bf16_linears(dit), "dit", CONFIG, "nano_sr")
+
+
+if __name__ == "__main__":
+    main()
