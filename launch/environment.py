@@ -124,7 +124,14 @@ def why_not_ready(wanted, venv=VENV):
 
 
 def create(venv=VENV):
-    """Make an empty environment that counts as unfinished, in place of what is there."""
+    """Make an empty environment that counts as unfinished, in place of what is there.
+
+    LaunchError, and nothing deleted, where that is what runs this very program.
+    """
+    if Path(sys.prefix).resolve() == venv.resolve():
+        raise LaunchError(
+            f"{venv} must be made anew, but its own Python runs run.py. Start run.py with your system's Python."
+        )
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
         package = "python{}.{}-venv".format(*sys.version_info)
         raise LaunchError(f"This Python cannot make virtual environments. On Debian and Ubuntu: apt install {package}")

@@ -12,6 +12,7 @@ from . import ROOT, LaunchError
 from .client import Client
 from .page_graph import completed, page_graph
 from .server import Server
+from .thumbnails import thumbnail
 
 WORKFLOWS = ROOT / "workflows"
 TWINS = {"nano_text_to_video": "nano_t2v", "nano_image_to_video": "nano_i2v"}  # others have the template's name
@@ -59,6 +60,8 @@ def main():
         twin, graph = written(name, schemas)
         for path, content in ((twin_path(name), twin), (WORKFLOWS / f"{name}.json", graph)):
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if not name.startswith("nano_"):
+            thumbnail(name, graph).save(WORKFLOWS / f"{name}.jpg", quality=88)
         print(f"workflows/{name}.json", flush=True)
 
 

@@ -3,12 +3,15 @@
 import json
 import urllib.request
 
+import numpy as np
 import pytest
 from pack.launch.client import PromptError
 from pack.launch.comfyui import PACK_NAME
 from pack.launch.demo import clip_path
 from pack.launch.page_graph import inputs_of
+from pack.launch.thumbnails import thumbnail
 from pack.launch.workflows import TWINS, WORKFLOWS, names, twin_path, written
+from PIL import Image
 
 NAMES = names()
 FULL_SIZE = [name for name in NAMES if not name.startswith("nano")]
@@ -63,6 +66,17 @@ def wanted_files(twin):
 def test_every_workflow_has_its_note_and_its_twin():
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
     assert {path for path in (WORKFLOWS / "api").glob("*.json")} == {twin_path(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_has_its_picture(name):
+    with Image.open(WORKFLOWS / f"{name}.jpg") as picture:
+        assert picture.size == (384, 384) and picture.format == "JPEG"
+        shown = np.asarray(picture.convert("L"), float)
+    if not name.startswith("nano"):
+        drawn = np.asarray(thumbnail(name, page_graph(name)).convert("L"), float)
+        assert np.abs(shown - drawn).mean() < 3, "run `python3 run.py workflows`"
+    assert shown.std() > 10
 
 
 @pytest.mark.parametrize("name", NAMES)

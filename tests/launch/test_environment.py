@@ -57,6 +57,13 @@ def test_debian_without_venv_is_told_which_package(tmp_path, monkeypatch):
     assert not (tmp_path / ".venv").exists()
 
 
+def test_an_environment_does_not_delete_itself(made, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(made))
+    with pytest.raises(LaunchError, match="Start run.py with your system's Python"):
+        create(made)
+    assert python_of(made).exists()
+
+
 def test_failed_install_leaves_it_unfinished_and_says_what_to_do(made, wheels):
     with pytest.raises(LaunchError, match="tiny-thing") as caught:
         install(WANTED, made)
