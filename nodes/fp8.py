@@ -3,6 +3,7 @@
 import json
 import logging
 
+import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import torch
@@ -12,17 +13,17 @@ from ..model_loader.layouts import holds_fp8
 
 
 def stays_fp8(path):
-    """Tell whether the weights of a file or folder are fp8 and can stay so in this ComfyUI; says in the log if not."""
-    checkpoint = Checkpoint.open(path)
+    """Tell whether the weights of a file or folder are fp8 and can stay so; where they cannot, the log says why."""
+    checkpoint, device = Checkpoint.open(path), comfy.model_management.get_torch_device()
     if not holds_fp8(checkpoint):
         return False
-    if issubclass(comfy.quant_ops.QuantizedTensor, torch.Tensor):
+    if not comfy.model_management.supports_cast(device, torch.float8_e4m3fn):
+        fault = f"{device} does not know fp8"
+    elif not issubclass(comfy.quant_ops.QuantizedTensor, torch.Tensor):  # core's stand-in
+        fault = "comfy-kitchen is missing (install ComfyUI's requirements.txt)"
+    else:
         return True
-    logging.warning(  # core puts an empty class in its place
-        "%s: its fp8 weights take twice their size in memory, because comfy-kitchen is missing. Install ComfyUI's "
-        "requirements.txt.",
-        checkpoint.label,
-    )
+    logging.warning("%s: its fp8 weights do not stay fp8 and take more memory, because %s.", checkpoint.label, fault)
     return False
 
 

@@ -142,17 +142,17 @@ def test_split_fp8_has_one_scale_an_expert_and_one_a_row_where_q_k_v_and_gate_di
         assert torch.equal(linear.weight.float() * linear.scale, wanted.get_submodule(name).weight)
 
 
-def test_what_is_not_fp8_in_an_fp8_file_comes_in_the_networks_dtype(dit):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_not_fp8_in_an_fp8_file_comes_in_the_networks_dtype(dit, scaled):
     """A gate left in bf16 beside q, k and v in fp8, which share a tensor of ours; and a layer left in bf16."""
-    tensors = split(published(dit), dit.config)
     own = ("linear_g", "layers.2.mlp.down_proj")
-    stored = {
-        n: t.bfloat16() if any(part in n for part in own) else t.to(torch.float8_e4m3fn) for n, t in tensors.items()
-    }
-    network = as_published(Checkpoint.of_tensors({name: tensor.float() for name, tensor in stored.items()}))
+    tensors = split(published(dit), dit.config)
+    left = {name: tensors.pop(name).bfloat16() for name in list(tensors) if any(part in name for part in own)}
+    stored, meant = fp8(tensors, ".weight_scale", per_row=False) if scaled else (plain_cast(tensors),) * 2
+    network = as_published(Checkpoint.of_tensors({n: tensor.float() for n, tensor in (meant | left).items()}))
     wanted = fill("dit", dit.config, network, dtype=torch.bfloat16)
-    for name, linear in kept(stored, dit.config).items():
-        value = linear.weight if linear.scale is None else linear.weight.bfloat16() * linear.scale
+    for name, linear in kept(stored | left, dit.config).items():
+        value = linear.weight if linear.scale is None else (linear.weight.float() * linear.scale).bfloat16()
         assert (linear.scale is None) == ("qkv" in name or own[1] in name)
         assert torch.equal(value, wanted.get_submodule(name).weight)
 

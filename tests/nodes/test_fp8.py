@@ -77,7 +77,6 @@ def test_it_takes_half_the_memory_and_means_the_same(fp8_files, style):
     half = block_bytes(load_dit(fp8_files[style], dtype=torch.bfloat16)) / 2
     assert half < block_bytes(network) < 1.06 * half  # norms stay fp32; scales and the format's name
     assert kept.model_size() == comfy.model_management.module_size(kept.model)
-    assert network.adapter.text_embedder.weight.dtype == network.final_linear_video.weight.dtype == torch.float32
     for found, wanted in zip(forward(network), forward(out), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
@@ -85,8 +84,9 @@ def test_it_takes_half_the_memory_and_means_the_same(fp8_files, style):
 @pytest.mark.parametrize("style", STYLES)
 def test_computed_in_bf16_it_is_as_near_as_bf16_is(fp8_files, style):
     kept = load_model(fp8_files[style], torch.bfloat16, keep_fp8=True)
-    out = forward(load_dit(fp8_files[style], dtype=torch.bfloat16))
-    assert relative(forward(kept.model.diffusion_model), out) < 0.01
+    network, out = kept.model.diffusion_model, forward(load_dit(fp8_files[style], dtype=torch.bfloat16))
+    assert network.adapter.text_embedder.weight.dtype == network.final_linear_video.weight.dtype == torch.float32
+    assert relative(forward(network), out) < 0.01
 
 
 def test_nano_in_fp8_is_within_the_bar(tmp_path):
@@ -130,11 +130,22 @@ def test_the_loader_keeps_fp8_unless_another_dtype_is_chosen_and_says_so(loaded,
     assert block_bytes(again[0](*again[1]).model.diffusion_model) == block_bytes(kept.model.diffusion_model)
 
 
-def test_without_comfy_kitchen_it_is_multiplied_out_and_the_log_says_so(listed, monkeypatch, caplog):
-    monkeypatch.setattr(comfy.quant_ops, "QuantizedTensor", type("QuantizedTensor", (), {}))  # core's stand-in
+@pytest.mark.parametrize(
+    ("place", "name", "stand_in", "reason"),
+    [
+        (comfy.quant_ops, "QuantizedTensor", type("QuantizedTensor", (), {}), "comfy-kitchen is missing"),
+        (comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1, "cpu does not know fp8"),
+    ],
+)
+def test_where_fp8_cannot_stay_it_is_multiplied_out_and_the_log_says_why(
+    listed, monkeypatch, caplog, place, name, stand_in, reason
+):
+    """What core has where comfy-kitchen is missing, and what it says of Apple's GPUs."""
+    monkeypatch.setattr(place, name, stand_in)
     with caplog.at_level(logging.WARNING):
         model = LoadModel.execute(listed, "default").args[0]
-    assert caplog.text.count("distill_fp8.safetensors: its fp8 weights take twice their size in memory") == 1
+    told = "distill_fp8.safetensors: its fp8 weights do not stay fp8 and take more memory, because "
+    assert caplog.text.count(told + reason) == 1
     assert model.model.diffusion_model.block.layers[1].mlp.down_proj.weight.dtype == torch.float32
 
 
@@ -201,8 +212,9 @@ def test_a_lora_is_added_to_the_weights_and_taken_off_again(fp8_files, lora, sty
     for _ in range(2):
         patched.patch_model()
         merged.append(forward(network))
-        for layer in deltas:
-            assert network.get_submodule(layer).weight._qdata.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        for weight in (network.get_submodule(layer).weight for layer in deltas):
+            assert weight.nbytes == weight.numel()
+            assert weight.params.scale.shape == ((len(weight), 1) if style == "rows" else ())
         patched.unpatch_model()
     assert relative(merged[0], wanted) < 0.08 and all(torch.equal(a, b) for a, b in zip(*merged, strict=True))
     patched.load(CPU, lowvram_model_memory=1)
