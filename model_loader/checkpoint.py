@@ -43,13 +43,17 @@ class TensorHeader:
 
 
 class Checkpoint:
-    """Named tensors of one file or one sharded folder: `headers` at once, `read(name)` on demand through mmap."""
+    """Named tensors of one file or one sharded folder: `headers` at once, `read(name)` on demand through mmap.
 
-    def __init__(self, path, headers, metadata, read):
+    `read_scaled(name)` returns (tensor as stored, fp32 scale or None), of whose product `read(name)` is the value.
+    """
+
+    def __init__(self, path, headers, metadata, read, read_scaled=None):
         self.path = Path(path)
         self.headers = headers
         self.metadata = metadata
         self.read = read
+        self.read_scaled = read_scaled or (lambda name: (read(name), None))
 
     @property
     def label(self):

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, TensorHeader
 from .detect import DIT_VARIANTS, describe
 from .key_map import KEY_MAPS, stacked_name
 from .layouts import as_published
-from .load import build, part_metadata, plan, tokenizer_json
+from .load import expected_tensors, linear_weights, part_metadata, plan, tokenizer_json
 from .safetensors_writer import SafetensorsWriter
 from .tokens import rotary_bands
 
@@ -118,13 +117,12 @@ def _check_space(writer):
 
 
 def _entries(found, checkpoint, dtype):
-    network = build(found.network, found.config, dtype=torch.bfloat16)
-    wanted = network.state_dict()
-    linears = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    wanted = expected_tensors(found.network, found.config, dtype=torch.bfloat16)
+    linears = linear_weights(found.network, found.config)
     entries = {}
     for name, ours in plan(found.network, checkpoint, found.prefix, wanted).items():
         kept = wanted[ours[0]].dtype  # fp32 but for embedding and linears, and for some of those too
-        quantise = dtype == "fp8" and ours[0] in linears and kept == torch.bfloat16
+        quantise = dtype == "fp8" and ours[0] in linears
         published = KEY_MAPS[found.network].to_file(stacked_name(ours[0]))
         entries[published] = Entry(name, checkpoint.headers[name].shape, FP8_DTYPE if quantise else kept)
     return entries

@@ -1,4 +1,4 @@
-"""Other people's layouts seen as the published one: scaled fp8 weights multiplied out, split experts stacked."""
+"""Other people's layouts seen as the published one: fp8 weights with their scales, split experts stacked."""
 
 import re
 
@@ -22,15 +22,25 @@ QKV = ("linear_q", "linear_k", "linear_v", "linear_g")
 def as_published(checkpoint):
     """Return a Checkpoint with the published names and plain weights; the same object where it has them already.
 
-    Nothing is read here: a scaled fp8 weight [rows, columns] becomes fp32 when it is read, times its scale (one
-    number, or one a row), and a split weight is stacked when it is read. Where no weight has a scale, fp8 is a plain
-    cast and stays as it is. CheckpointError names the file and tensor: for an incomplete set here, for a scale that is
-    not finite and positive when it is read.
+    Nothing is read here. `read` gives a scaled fp8 weight [rows, columns] in fp32, times its scale; `read_scaled` gives
+    it as it is, with its scale: one number [], or one a row [rows, 1]. A split weight is stacked when it is read. Where
+    no weight has a scale, fp8 is a plain cast and stays as it is. CheckpointError names the file and tensor: for an
+    incomplete set here, for a scale that is not finite and positive when it is read.
     """
-    return _stacked(_multiplied_out(checkpoint))
+    return _stacked(_with_scales(checkpoint))
 
 
-def _multiplied_out(checkpoint):
+def holds_fp8(checkpoint):
+    """Tell from the headers whether any tensor is stored as fp8."""
+    return any(header.dtype in FP8 for header in checkpoint.headers.values())
+
+
+def multiplied_out(tensor, scale):
+    """Return the value of what `read_scaled` gave: fp32 where there is a scale, else the tensor itself."""
+    return tensor if scale is None else tensor.float().mul_(scale)
+
+
+def _with_scales(checkpoint):
     scales = {}
     for name, header in checkpoint.headers.items():
         ending = next((ending for ending in SCALE_ENDINGS if name.endswith(ending)), None)
@@ -52,19 +62,25 @@ def _multiplied_out(checkpoint):
             "without it their values are wrong. Download the file again, or use another one."
         )
 
-    def read(name):
-        tensor = checkpoint.read(name)
+    def read_scaled(name):
         if name not in scales:
-            return tensor
+            return checkpoint.read(name), None
         scale = checkpoint.read(scales[name]).float()
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise CheckpointError(
                 f"{checkpoint.label}: {scales[name]} holds a scale that is not finite and positive; its weight cannot "
                 "be restored. Download the file again, or use another one."
             )
-        return tensor.float().mul_(scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
+        return checkpoint.read(name), scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
 
-    return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read)
+    return _seen(checkpoint, headers, read_scaled)
+
+
+def _seen(checkpoint, headers, read_scaled):
+    def read(name):
+        return multiplied_out(*read_scaled(name))
+
+    return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read, read_scaled)
 
 
 def _check_scale(checkpoint, name, header, weight):
@@ -109,10 +125,21 @@ def _stacked(checkpoint):
         rows = sum(shape[0] for shape in shapes)
         headers[published] = TensorHeader((rows, shapes[0][1]), checkpoint.headers[names[0]].dtype)
 
-    def read(name):
-        return torch.cat([checkpoint.read(part) for part in order[name]]) if name in order else checkpoint.read(name)
+    def read_scaled(name):
+        if name not in order:
+            return checkpoint.read_scaled(name)
+        return _joined([checkpoint.read_scaled(part) for part in order[name]])
 
-    return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read)
+    return _seen(checkpoint, headers, read_scaled)
+
+
+def _joined(parts):
+    tensors, scales = zip(*parts, strict=True)
+    if all(scale is not None for scale in scales):
+        return torch.cat(tensors), torch.cat([scale.expand(len(tensor), 1) for tensor, scale in parts])
+    if len({tensor.dtype for tensor in tensors}) > 1:  # fp8 beside bf16, which torch does not join
+        tensors = [multiplied_out(*part).float() for part in parts]
+    return torch.cat(tensors), None
 
 
 def _rows_in_order(checkpoint, published, names):

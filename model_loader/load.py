@@ -13,23 +13,23 @@ from .core_vae import AudioVAE, VideoVAE
 from .detect import CONFIGS, describe
 from .dit import DiT
 from .key_map import KEY_MAPS, expert_names, split_names, stacked_name
-from .layouts import as_published
+from .layouts import FP8, as_published, multiplied_out
 from .text_encoder import TextEncoder
 from .tokens import rotary_bands
 from .turbo_vae import TurboVAE
 
 
-def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn):
+def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn, keep_fp8=False):
     """Load a transformer from a file, shard or folder; `dtype` is its linears', the rest stays fp32.
 
-    variant: as `detect.describe`. Raises CheckpointError.
+    variant: as `detect.describe`; keep_fp8: as `fill`. Raises CheckpointError.
     """
-    return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations)
+    return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations, keep_fp8=keep_fp8)
 
 
-def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn):
-    """Load a T5Gemma encoder from a file, shard or folder. Raises CheckpointError."""
-    return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations)
+def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn, keep_fp8=False):
+    """Load a T5Gemma encoder from a file, shard or folder; keep_fp8: as `fill`. Raises CheckpointError."""
+    return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations, keep_fp8=keep_fp8)
 
 
 def load_video_vae(path, *, dtype=torch.float32, device="cpu", operations=nn):
@@ -42,7 +42,7 @@ def load_audio_vae(path, *, device="cpu"):
     return _load(path, "audio_vae", dtype=torch.float32, device=device)
 
 
-def _load(path, part, variant=None, *, dtype, device, operations=nn):
+def _load(path, part, variant=None, **options):
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
     if found.part != part:
@@ -50,9 +50,7 @@ def _load(path, part, variant=None, *, dtype, device, operations=nn):
             f"{checkpoint.label}: holds a {found.part} ({found.network}), expected a {part}. Choose another file, or "
             "load this one where it belongs."
         )
-    return fill(
-        found.network, found.config, checkpoint, found.prefix, dtype=dtype, device=device, operations=operations
-    )
+    return fill(found.network, found.config, checkpoint, found.prefix, **options)
 
 
 def build(network, config, *, dtype, device="meta", operations=nn):
@@ -71,17 +69,34 @@ def expected_tensors(network, config, *, dtype):
     return {n.removeprefix("vae."): t for n, t in build(network, config, dtype=dtype).state_dict().items()}
 
 
-def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operations=nn):
+def linear_weights(network, config):
+    """Return our names of the weights that come in the network's `dtype`: the linears' but those that stay fp32."""
+    modules = build(network, config, dtype=torch.bfloat16).named_modules()
+    linears = {f"{name}.weight": module for name, module in modules if isinstance(module, nn.Linear)}
+    return {name for name, module in linears.items() if module.weight.dtype == torch.bfloat16}
+
+
+def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operations=nn, keep_fp8=False):
     """Build a network and give it a checkpoint's tensors: cast one at a time, never copied where dtype and device fit.
 
     Every tensor under `prefix` must have a place and every place a tensor of its shape; CheckpointError otherwise.
-    Returns the network in eval mode without gradients.
+    keep_fp8: fp8 weights of linears are not turned into `dtype`; `operations.Linear` must load such a `weight` and,
+    beside it, `weight_scale`, fp32: one number [], or one a row [rows, 1]. Returns the network in eval mode without
+    gradients.
     """
     wanted = expected_tensors(network, config, dtype=dtype)
     places = plan(network, checkpoint, prefix, wanted)
+    may_be_fp8 = linear_weights(network, config) if keep_fp8 else ()
     state = {}
     for name, ours in places.items():
-        tensor = checkpoint.read(name).to(device=device, dtype=wanted[ours[0]].dtype)
+        tensor, scale = checkpoint.read_scaled(name)
+        if tensor.dtype in FP8 and ours[0] in may_be_fp8:
+            scale = torch.ones(()) if scale is None else scale
+            scales = [_one_number(part) for part in scale.expand(len(tensor), 1).chunk(len(ours))]
+            state.update(zip([f"{name}_scale" for name in ours], scales, strict=True))
+        else:
+            tensor = multiplied_out(tensor, scale).to(wanted[ours[0]].dtype)
+        tensor = tensor.to(device)
         state.update(zip(ours, tensor.chunk(len(ours)), strict=True))  # experts are rows of one tensor, not copies
     module = build(network, config, dtype=dtype, operations=operations)
     target = module.vae if isinstance(module, (AudioVAE, VideoVAE)) else module
@@ -89,6 +104,11 @@ def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operati
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     assert not left, left
     return module.eval().requires_grad_(False)
+
+
+def _one_number(scale):
+    """Return a scale [rows, 1] as [] where every row has the same."""
+    return scale[0, 0] if (scale == scale[0]).all() else scale
 
 
 def plan(network, checkpoint, prefix, wanted):

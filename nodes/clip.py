@@ -12,6 +12,7 @@ import torch
 
 from ..model_loader.checkpoint import Checkpoint, CheckpointError
 from ..model_loader.load import load_text_encoder, tokenizer_json
+from .fp8 import fp8_operations, stays_fp8
 
 MAX_TEXT_TOKENS = 640  # longer texts are cut after encoding, as the published pipeline does
 SMALL_ENCODER = 100_000_000  # parameters
@@ -93,8 +94,9 @@ def load_clip(path, device):
             "tokenizer.model, or the vocabulary inside a .gguf file, will not do). Download it from where the text "
             "encoder came from, for T5Gemma from https://huggingface.co/google/t5gemma-9b-9b-ul2."
         )
-    dtype = weight_dtype(path)
-    network = load_text_encoder(path, dtype=dtype, operations=comfy.ops.manual_cast)
+    dtype, keep_fp8 = weight_dtype(path), stays_fp8(path)
+    operations = fp8_operations(dtype) if keep_fp8 else comfy.ops.manual_cast
+    network = load_text_encoder(path, dtype=dtype, operations=operations, keep_fp8=keep_fp8)
     target = comfy.supported_models_base.ClipTarget(
         tokenizer=lambda **_: PromptTokenizer(definition), clip=lambda **_: PromptEncoder(network, dtype)
     )

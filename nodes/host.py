@@ -21,6 +21,7 @@ from ..model_loader.layouts import as_published
 from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
+from .fp8 import fp8_operations
 
 FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
 FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
@@ -177,14 +178,16 @@ def check_conditions(config, text, shapes, first_image):
         )
 
 
-def load_model(path, weight_dtype, variant=None, disable_dynamic=False):
+def load_model(path, weight_dtype, variant=None, keep_fp8=False, disable_dynamic=False):
     """Read a DiT file or sharded folder into a MODEL (ModelPatcher) whose model knows its `variant`.
 
+    weight_dtype: of the linears, or, for fp8 weights where `keep_fp8`, what they are turned into when a layer runs.
     variant: None or the user's choice, as `detect.describe`; `disable_dynamic` is core's, for weight hooks.
     """
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
-    network = load_dit(path, variant=variant, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
+    operations = fp8_operations(weight_dtype) if keep_fp8 else comfy.ops.disable_weight_init
+    network = load_dit(path, variant=variant, dtype=weight_dtype, operations=operations, keep_fp8=keep_fp8)
     model = HappyHorse(network, weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
@@ -195,7 +198,7 @@ def load_model(path, weight_dtype, variant=None, disable_dynamic=False):
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant))
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant, keep_fp8))
     return patcher
 
 

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..model_loader.detect import DIT_VARIANTS
 from . import files
 from .clip import load_clip
+from .fp8 import stays_fp8
 from .host import default_weight_dtype, load_model
 from .notice import notice
 from .vae import load_audio, load_video
@@ -49,8 +50,9 @@ def _dtype_input():
         "weight_dtype",
         options=list(DTYPES),
         default="default",
-        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: bf16 on a GPU that "
-        "computes in it, else fp32. fp32 doubles the memory and is only for comparisons.",
+        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: an fp8 file stays "
+        "fp8, others become bf16 on a GPU that computes in it, else fp32. bf16: doubles the memory of an fp8 file, so "
+        "that LoRAs are not rounded to fp8. fp32: doubles it again, only for comparisons.",
         advanced=True,
     )
 
@@ -79,10 +81,13 @@ def _variant_input():
 
 
 def _load_model(node, model, weight_dtype, variant):
+    path = files.find(files.MODEL, model)
     dtype = DTYPES[weight_dtype] or default_weight_dtype()
-    chosen = None if variant == "auto" else variant
-    loaded = files.read_once(load_model, files.find(files.MODEL, model), dtype, chosen)
-    notice(node, f"Variant: {loaded.model.variant}")
+    keep_fp8 = weight_dtype == "default" and stays_fp8(path)
+    loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, keep_fp8)
+    computed = "bf16" if dtype is torch.bfloat16 else "fp32"
+    weights = f"fp8, computed in {computed}" if keep_fp8 else computed
+    notice(node, f"Variant: {loaded.model.variant}. Weights: {weights}")
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""Layouts of other packs: three scaled fp8 styles and split experts give the published weights, or a named fault."""
+"""Layouts of other packs: fp8 styles and split experts give the published weights, fp8 if wanted, or a named fault."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from pack.model_loader.checkpoint import Checkpoint, CheckpointError, TensorHead
 from pack.model_loader.config import DISTILL
 from pack.model_loader.key_map import KEY_MAPS
 from pack.model_loader.layouts import as_published
-from pack.model_loader.load import expected_tensors, load_dit, plan, published_tensors
+from pack.model_loader.load import expected_tensors, fill, load_dit, plan, published_tensors
 from safetensors.torch import save_file
+from torch import nn
 
 STYLES = {
     "davinci fp8": (".weight.__fp8_scale", {}),
@@ -86,6 +87,74 @@ def test_split_experts_in_fp8(tmp_path, dit):
     network = as_published(Checkpoint.of_tensors(meant))
     meant = {name: network.read(name) for name in network.headers}
     assert_loads_as(tmp_path / "distill.safetensors", (stored, meant), dit)
+
+
+class Host:
+    """Operations of a host whose Linear takes an fp8 weight with its scale."""
+
+    class Linear(nn.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            self.scale = state_dict.pop(f"{prefix}weight_scale", None)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def kept(tensors, config):
+    """Fill a network whose linears in the blocks stay fp8; return {our name of the linear: the linear}."""
+    checkpoint = as_published(Checkpoint.of_tensors(tensors))
+    network = fill("dit", config, checkpoint, dtype=torch.bfloat16, operations=Host, keep_fp8=True)
+    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    outside = {name: linear for name, linear in linears.items() if not name.startswith("block.")}
+    assert len(outside) == 5 and all(linear.weight.dtype == torch.float32 for linear in outside.values())
+    return {name: linear for name, linear in linears.items() if name not in outside}
+
+
+def plain_cast(tensors):
+    """Cast all of {name: tensor} to fp8, as tools do that know nothing of the network."""
+    return {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("style", [*STYLES, "plain cast"])
+def test_fp8_is_kept_without_a_copy_and_scales_follow_the_experts(dit, style, per_row):
+    if style == "plain cast":
+        stored = plain_cast(published(dit))
+        meant = {name: tensor.float() for name, tensor in stored.items()}
+    else:
+        ending, extra = STYLES[style]
+        stored, meant = fp8(published(dit), ending, per_row)
+        stored |= extra
+    found, wanted = kept(stored, dit.config), fill("dit", dit.config, Checkpoint.of_tensors(meant), dtype=torch.float32)
+    places = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+    for name, linear in found.items():
+        assert linear.weight.dtype == torch.float8_e4m3fn
+        assert linear.weight.untyped_storage().data_ptr() in places
+        assert linear.scale.shape == ((len(linear.weight), 1) if per_row and style != "plain cast" else ())
+        assert torch.equal(linear.weight.float() * linear.scale, wanted.get_submodule(name).weight)
+
+
+def test_split_fp8_has_one_scale_an_expert_and_one_a_row_where_q_k_v_and_gate_differ(dit):
+    stored, meant = fp8(split(published(dit), dit.config), ".weight_scale", per_row=False)
+    network = as_published(Checkpoint.of_tensors(meant))
+    wanted = fill("dit", dit.config, network, dtype=torch.float32)
+    for name, linear in kept(stored, dit.config).items():
+        assert linear.weight.dtype == torch.float8_e4m3fn
+        assert linear.scale.shape == ((len(linear.weight), 1) if "qkv" in name else ())
+        assert torch.equal(linear.weight.float() * linear.scale, wanted.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_not_fp8_in_an_fp8_file_comes_in_the_networks_dtype(dit, scaled):
+    """A gate left in bf16 beside q, k and v in fp8, which share a tensor of ours; and a layer left in bf16."""
+    own = ("linear_g", "layers.2.mlp.down_proj")
+    tensors = split(published(dit), dit.config)
+    left = {name: tensors.pop(name).bfloat16() for name in list(tensors) if any(part in name for part in own)}
+    stored, meant = fp8(tensors, ".weight_scale", per_row=False) if scaled else (plain_cast(tensors),) * 2
+    network = as_published(Checkpoint.of_tensors({n: tensor.float() for n, tensor in (meant | left).items()}))
+    wanted = fill("dit", dit.config, network, dtype=torch.bfloat16)
+    for name, linear in kept(stored | left, dit.config).items():
+        value = linear.weight if linear.scale is None else (linear.weight.float() * linear.scale).bfloat16()
+        assert (linear.scale is None) == ("qkv" in name or own[1] in name)
+        assert torch.equal(value, wanted.get_submodule(name).weight)
 
 
 def test_a_published_file_is_left_alone(dit):

@@ -260,8 +260,8 @@ def test_tensors_are_read_one_at_a_time_and_cast_before_the_next(tmp_path, dit):
             alive.append(weakref.ref(tensor))
         return tensor
 
-    checkpoint.read = read
-    fill("dit", dit.config, checkpoint, dtype=torch.bfloat16)
+    watched = Checkpoint(checkpoint.path, checkpoint.headers, checkpoint.metadata, read)
+    fill("dit", dit.config, watched, dtype=torch.bfloat16)
     assert len(alive) == 12
 
 

@@ -1,0 +1,249 @@
+"""fp8 files in a real ComfyUI: half the memory of bf16, the same velocities; LoRA, streaming, core's own reader."""
+
+import copy
+import json
+import logging
+
+import comfy.model_management
+import comfy.ops
+import comfy.quant_ops
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from pack.model_loader.checkpoint import Checkpoint
+from pack.model_loader.convert import convert
+from pack.model_loader.load import load_dit, load_text_encoder, tokenizer_json
+from pack.nodes import files, loaders
+from pack.nodes.clip import load_clip
+from pack.nodes.host import load_model
+from pack.nodes.loaders import LoadModel
+from pack.nodes.lora import register_lora_names
+from pack.nodes.sampling import Sampler
+from safetensors.torch import load_file, save_file
+
+CPU = torch.device("cpu")
+BAR = 0.04  # relative RMS a forward, fp8 against what it was made from
+
+
+def is_linear(name):
+    return name.startswith("block.") and "norm" not in name
+
+
+@pytest.fixture(scope="module")
+def fp8_files(weights, tmp_path_factory):
+    """The tiny transformer in fp8, by style: {style: path}."""
+    folder, source = tmp_path_factory.mktemp("fp8"), weights / files.MODEL.nano
+    convert(source, folder / "ours.safetensors", "fp8")
+    metadata = Checkpoint.open(source).metadata
+    plain, wide, magihuman, rows = ({} for _ in range(4))
+    for name, tensor in load_file(source).items():
+        for tensors in (plain, wide, magihuman, rows):
+            tensors[name] = tensor
+        if is_linear(name):
+            plain[name], wide[name] = tensor.to(torch.float8_e4m3fn), tensor.to(torch.float8_e5m2)
+            for tensors, scale, ending in (
+                (magihuman, tensor.abs().max() / 448, ".__fp8_scale"),
+                (rows, tensor.abs().amax(1, keepdim=True) / 448, "_scale"),
+            ):
+                tensors[name], tensors[name + ending] = (tensor / scale).to(torch.float8_e4m3fn), scale
+    for name, tensors in {"plain": plain, "wide": wide, "magihuman": magihuman, "rows": rows}.items():
+        save_file(tensors, folder / f"{name}.safetensors", metadata)
+    return {path.stem: path for path in folder.iterdir()}
+
+
+STYLES = ["ours", "magihuman", "plain", "rows", "wide"]
+
+
+def relative(found, wanted):
+    """Return the relative RMS of two networks' outputs, the larger of picture and sound."""
+    return max(((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in zip(found, wanted, strict=True))
+
+
+def forward(network):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((1, 48, 2, 4, 6), (1, 5, 64), (1, 7, network.config.text_in_channels))
+    return network(*(torch.randn(shape, generator=generator) for shape in shapes))
+
+
+def block_bytes(network):
+    return comfy.model_management.module_size(network.block)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_it_takes_half_the_memory_and_means_the_same(fp8_files, style):
+    kept = load_model(fp8_files[style], torch.float32, keep_fp8=True)
+    network, out = kept.model.diffusion_model, load_dit(fp8_files[style], dtype=torch.float32)
+    half = block_bytes(load_dit(fp8_files[style], dtype=torch.bfloat16)) / 2
+    assert half < block_bytes(network) < 1.06 * half  # norms stay fp32; scales and the format's name
+    assert kept.model_size() == comfy.model_management.module_size(kept.model)
+    for found, wanted in zip(forward(network), forward(out), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_computed_in_bf16_it_is_as_near_as_bf16_is(fp8_files, style):
+    kept = load_model(fp8_files[style], torch.bfloat16, keep_fp8=True)
+    network, out = kept.model.diffusion_model, forward(load_dit(fp8_files[style], dtype=torch.bfloat16))
+    assert network.adapter.text_embedder.weight.dtype == network.final_linear_video.weight.dtype == torch.float32
+    assert relative(forward(network), out) < 0.01
+
+
+def test_nano_in_fp8_is_within_the_bar(tmp_path):
+    """On pure noise, as the first step sees it, in bf16. Random weights are further off: fp8 has three bits."""
+    nano = files.NANO_WEIGHTS / files.MODEL.nano
+    convert(nano, tmp_path / "nano_dit.safetensors", "fp8")
+    text_encoder = files.NANO_WEIGHTS / files.TEXT_ENCODER.nano
+    clip = load_clip(text_encoder, "default")
+    text = clip.encode_from_tokens_scheduled(clip.tokenize("A red ball bounces. It beeps."))[0][0]
+    generator = torch.Generator().manual_seed(1)
+    noise = (torch.randn(shape, generator=generator) for shape in ((1, 48, 13, 6, 6), (1, 51, 64)))
+    inputs = (*noise, text)
+    kept = load_model(tmp_path / "nano_dit.safetensors", torch.bfloat16, keep_fp8=True).model.diffusion_model
+    assert 0 < relative(kept(*inputs), load_dit(nano)(*inputs)) < BAR
+
+
+@pytest.fixture
+def listed(weights, fp8_files):
+    """The file that `convert` wrote, in ComfyUI's folder; removed afterwards."""
+    path = weights / "distill_fp8.safetensors"
+    path.write_bytes(fp8_files["ours"].read_bytes())
+    yield path.name
+    path.unlink()
+
+
+def test_the_loader_keeps_fp8_unless_another_dtype_is_chosen_and_says_so(loaded, listed, monkeypatch):
+    told = []
+    monkeypatch.setattr(loaders, "notice", lambda node, message: told.append(message))
+    kept = LoadModel.execute(listed, "default").args[0]
+    assert LoadModel.execute(listed, "default").args[0] is kept
+    chosen = LoadModel.execute(listed, "bf16").args[0]
+    LoadModel.execute(files.MODEL.nano, "default")
+    assert told == [
+        *["Variant: distill. Weights: fp8, computed in fp32"] * 2, "Variant: distill. Weights: bf16",
+        "Variant: distill. Weights: fp32",
+    ]  # fmt: skip
+    weight = "block.layers.1.mlp.down_proj.weight"
+    found, meant = (model.model.diffusion_model.get_parameter(weight) for model in (kept, chosen))
+    assert meant.dtype == torch.bfloat16 and found.nbytes * 2 == meant.nbytes
+    again = kept.cached_patcher_init
+    assert block_bytes(again[0](*again[1]).model.diffusion_model) == block_bytes(kept.model.diffusion_model)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "stand_in", "reason"),
+    [
+        (comfy.quant_ops, "QuantizedTensor", type("QuantizedTensor", (), {}), "comfy-kitchen is missing"),
+        (comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1, "cpu does not know fp8"),
+    ],
+)
+def test_where_fp8_cannot_stay_it_is_multiplied_out_and_the_log_says_why(
+    listed, monkeypatch, caplog, place, name, stand_in, reason
+):
+    """What core has where comfy-kitchen is missing, and what it says of Apple's GPUs."""
+    monkeypatch.setattr(place, name, stand_in)
+    with caplog.at_level(logging.WARNING):
+        model = LoadModel.execute(listed, "default").args[0]
+    told = "distill_fp8.safetensors: its fp8 weights do not stay fp8 and take more memory, because "
+    assert caplog.text.count(told + reason) == 1
+    assert model.model.diffusion_model.block.layers[1].mlp.down_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_streamed_weights_give_the_same(fp8_files, style):
+    patcher = load_model(fp8_files[style], torch.bfloat16, keep_fp8=True)
+    network = patcher.model.diffusion_model
+    whole = forward(network)
+    patcher.load(CPU, lowvram_model_memory=1)
+    streamed = forward(network)
+    patcher.detach()
+    for found in (streamed, forward(network)):
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+def test_seeds_are_reproducible(fp8_files, latent, prompt):
+    runs = []
+    for _ in range(2):
+        model = load_model(fp8_files["ours"], torch.bfloat16, keep_fp8=True)
+        runs += [Sampler.execute(model, prompt, latent, 3, 2, 5.0).args[0]["samples"].unbind() for _ in range(2)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+SHARED, EXPERTS = "block.layers.1.mlp.down_proj", "block.layers.0.attention.linear_proj"
+ATTENTION = "block.layers.1.attention"
+STRENGTH = 0.7
+
+
+@pytest.fixture(scope="module")
+def lora(weights):
+    """A LoRA on a shared layer, a stacked one of experts and the v rows of a fused one; the deltas it means."""
+    register_lora_names()
+    network = load_dit(weights / files.MODEL.nano)
+    generator = torch.Generator().manual_seed(7)
+    file, deltas = {}, {}
+
+    def pair(name, rows, width):
+        up, down = (torch.randn(shape, generator=generator) * 0.2 for shape in ((rows, 4), (4, width)))
+        file[f"transformer.{name}.lora_B.weight"], file[f"transformer.{name}.lora_A.weight"] = up, down
+        return up @ down
+
+    deltas[SHARED] = pair(SHARED, *network.get_submodule(SHARED).weight.shape)
+    for expert, delta in zip(("video", "audio", "text"), pair(EXPERTS, 3 * 64, 64).chunk(3), strict=True):
+        deltas[f"{EXPERTS}.{expert}"] = delta
+    deltas[f"{ATTENTION}.linear_qkv"] = torch.zeros(132, 64)
+    deltas[f"{ATTENTION}.linear_qkv"][96:128] = pair(f"{ATTENTION}.linear_v", 32, 64)
+    return file, deltas
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_lora_is_added_to_the_weights_and_taken_off_again(fp8_files, lora, style):
+    """Merged, the sum is rounded to fp8 anew, each time alike; streamed, it is added in full as the layer runs."""
+    file, deltas = lora
+    model = load_model(fp8_files[style], torch.float32, keep_fp8=True)
+    network, by_hand = model.model.diffusion_model, load_dit(fp8_files[style], dtype=torch.float32)
+    before = forward(network)
+    for layer, delta in deltas.items():
+        by_hand.get_submodule(layer).weight += STRENGTH * delta
+    wanted = forward(by_hand)
+    assert relative(before, wanted) > 0.2
+    patched, _ = comfy.sd.load_lora_for_models(model, None, file, STRENGTH, 0.0)
+    assert len(patched.patches) == len(deltas)
+    merged = []
+    for _ in range(2):
+        patched.patch_model()
+        merged.append(forward(network))
+        for weight in (network.get_submodule(layer).weight for layer in deltas):
+            assert weight.nbytes == weight.numel()
+            assert weight.params.scale.shape == ((len(weight), 1) if style == "rows" else ())
+        patched.unpatch_model()
+    assert relative(merged[0], wanted) < 0.08 and all(torch.equal(a, b) for a, b in zip(*merged, strict=True))
+    patched.load(CPU, lowvram_model_memory=1)
+    streamed = forward(network)
+    patched.detach()
+    for found, meant in ((streamed, wanted), (forward(network), before)):
+        for a, b in zip(found, meant, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_text_encoder_stays_fp8_too(weights, tmp_path):
+    source, target = weights / files.TEXT_ENCODER.nano, tmp_path / "t5gemma.safetensors"
+    convert(source, target, "fp8")
+    assert tokenizer_json(target) is not None
+    found, wanted = load_clip(target, "default"), load_text_encoder(target, dtype=torch.float32)
+    tokens = found.tokenize("a red ball")
+    ids = torch.tensor([[entry[0] for entry in tokens["t5gemma"][0]]])
+    network = found.cond_stage_model.network
+    torch.testing.assert_close(found.encode_from_tokens_scheduled(tokens)[0][0], wanted(ids), atol=1e-6, rtol=1e-6)
+    assert comfy.model_management.module_size(network.layers) < 0.3 * comfy.model_management.module_size(wanted.layers)
+
+
+def test_core_itself_reads_the_layers_that_convert_writes(fp8_files):
+    path, layer = fp8_files["ours"], SHARED
+    state, _ = comfy.utils.convert_old_quants(load_file(path), metadata=dict(Checkpoint.open(path).metadata))
+    assert json.loads(state[f"{layer}.comfy_quant"].numpy().tobytes()) == {"format": "float8_e4m3fn"}
+    state = {name.removeprefix(f"{layer}."): tensor for name, tensor in state.items() if name.startswith(layer)}
+    rows, width = state["weight"].shape
+    linear = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(width, rows, bias=False)
+    linear.load_state_dict(copy.copy(state))
+    meant = load_dit(path, dtype=torch.float32).get_submodule(layer).weight
+    assert torch.equal(linear.weight.dequantize(), meant)
