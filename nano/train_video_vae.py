@@ -7,7 +7,6 @@ python as_package.py nano.train_video_vae --from together        the last one
 
 import argparse
 import copy
-import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..model_loader.config import WanVAEConfig
 from ..model_loader.core_vae import VideoVAE, initialise
 from ..model_loader.load import load_video_vae, save_part
 from . import world
-from .training import RUNS, WEIGHTS, quicken_video_vae, train
+from .training import WEIGHTS, quicken_video_vae, train
 
 CONFIG = WanVAEConfig(
     dim=12,
@@ -30,6 +29,7 @@ CONFIG = WanVAEConfig(
     latent_mean=(0.0,) * 48,
     latent_std=(1.0,) * 48,
 )
+CLIP = 49  # frames of a whole clip
 IMAGES, CLIPS, LARGE_CLIPS = (1, 32), (17, 4), (17, 1)  # frames, and how many a batch
 # Of the 48 latent channels this many carry the world (the other 32: under 1 % of the variance); the rest are zero, so
 # that the transformer, narrower than 48 channels of noise in a patch, has to pass on a third of it only.
@@ -39,32 +39,21 @@ LATENT_NOISE = 0.08  # deviation of what the decoder learns to overlook, in norm
 HELD = 1.0  # weight of the square by which the last stage moves a normalised latent, beside `distance`
 
 
-def render_clip(seed, scale):
-    """Return one clip of the world as uint8 [49,H,W,3], H = W = 96 * scale."""
-    scene = world.draw_scene(np.random.default_rng((11, seed)))
-    return (world.render_frames(scene, 49, scale) * 255 + 0.5).astype(np.uint8)
-
-
-def clips(count, scale=1):
-    """Return `count` clips as uint8 [count,49,H,W,3], H = W = 96 * scale, rendered once and kept in nano/runs."""
-    path = RUNS / (f"clips_{count}.npy" if scale == 1 else f"clips_{count}_x{scale}.npy")
-    if not path.exists():
-        RUNS.mkdir(exist_ok=True)
-        with multiprocessing.Pool(2) as pool:
-            rendered = pool.starmap(render_clip, [(seed, scale) for seed in range(count)], chunksize=16)
-            np.save(path, np.stack(rendered))
-    return np.load(path, mmap_mode="r")
-
-
-def batch(pool, step, size, frames):
-    """Return pixels [size,3,frames,H,W] in [-1,1]: windows of the pool chosen by `step`, half of them mirrored."""
+def batch(step, size, frames, scale=1):
+    """Return pixels [size,3,frames,H,W] in [-1,1], H = W = 96 * scale: windows of scenes that no other step sees."""
     rng = np.random.default_rng((12, step))
-    starts = rng.integers(0, pool.shape[1] - frames + 1, size)
-    chosen = rng.integers(0, len(pool), size)
-    picked = np.stack([pool[i, s : s + frames] for i, s in zip(chosen, starts, strict=True)])
-    pixels = torch.from_numpy(picked).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    mirrored = torch.from_numpy(rng.random(size) < 0.5)[:, None, None, None, None]
-    return torch.where(mirrored, pixels.flip(-1), pixels)
+    windows = []
+    for _ in range(size):
+        scene, first = world.draw_scene(rng), int(rng.integers(0, CLIP - frames + 1))
+        window = world.render_frames(scene, frames, scale, first)
+        windows.append(window[:, :, ::-1] if rng.random() < 0.5 else window)  # mirrored
+    return torch.from_numpy(np.stack(windows)).permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+def of_either_size(step):
+    """Return a batch of clips: those that nano makes, and at every other step ones of twice the size."""
+    (frames, size), scale = (LARGE_CLIPS, 2) if step % 2 else (CLIPS, 1)
+    return batch(step, size, frames, scale)
 
 
 def reconstruct(vae, pixels):
@@ -132,14 +121,14 @@ def normalising_deviations(raw):
     return tuple(round(deviation**0.5 / SPREAD, 4) for deviation in raw) + (1.0,) * (CONFIG.z_dim - len(raw))
 
 
-def train_autoencoder(pool, image_steps, clip_steps):
+def train_autoencoder(image_steps, clip_steps):
     """Return encoder and decoder trained on frames, then on clips, the latent turned to its principal components."""
     torch.manual_seed(0)
     vae = initialise(VideoVAE(CONFIG)).vae
 
     def loss_of(step, shape, divergence_weight):
         frames, size = shape
-        pixels = batch(pool, step, size, frames)
+        pixels = batch(step, size, frames)
         with torch.autocast("cpu", torch.bfloat16):
             result, mean, log_variance = reconstruct(vae, pixels)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -162,33 +151,32 @@ def train_autoencoder(pool, image_steps, clip_steps):
     ).eval()
 
 
-def with_principal_latent(vae, pool):
-    """Return a VideoVAE of core's `vae` with CHANNELS latent channels, turned and normalised on clips of `pool`."""
+def with_principal_latent(vae):
+    """Return a VideoVAE of core's `vae` with CHANNELS latent channels, turned and normalised on 128 clips."""
     with torch.no_grad():
-        latents = torch.cat([vae.encode(batch(pool, 10**6 + k, 4, 49)) for k in range(32)])
+        latents = torch.cat([vae.encode(batch(10**6 + k, 4, CLIP)) for k in range(32)])
     raw = rotate_to_principal(vae, latents)
     whole = VideoVAE(replace(CONFIG, latent_std=normalising_deviations(raw)))
     whole.vae.load_state_dict(vae.state_dict())
     return whole
 
 
-def train_decoder(whole, pool, steps):
-    """Train the decoder of a VideoVAE on clips while its encoder, and so the latent of every clip, stays as it is."""
+def train_decoder(whole, steps):
+    """Train the decoder of a VideoVAE on clips of both sizes; its encoder, and so every latent, stays as it is."""
     whole.requires_grad_(False)
     whole.vae.decoder.requires_grad_(True)
 
     def loss_of_step(step):
-        pixels = batch(pool, 2 * 10**6 + step, CLIPS[1], CLIPS[0])
+        pixels = of_either_size(2 * 10**6 + step)
         with torch.autocast("cpu", torch.bfloat16):
-            latent = whole.encode(pixels)
-            result = whole.decode_raw(latent + LATENT_NOISE * torch.randn_like(latent))
-        return distance(result, pixels), {"psnr": psnr(result.detach(), pixels)}
+            result = whole.decode_raw(with_noise(whole.encode(pixels)))
+        return distance(result, pixels), {f"psnr{pixels.shape[-1]}": psnr(result.detach(), pixels)}
 
     return train("video_decoder", whole, loss_of_step, steps=steps, peak_rate=1e-3, warmup=30, ema=0.995, save_every=50)
 
 
-def train_together(whole, pool, large, steps):
-    """Train encoder and decoder of a VideoVAE, in turn on clips and on ones of twice the size.
+def train_together(whole, steps):
+    """Train encoder and decoder of a VideoVAE on clips of both sizes.
 
     The latents of the smaller are held to what they were, so that a transformer trained on those stays valid.
     """
@@ -197,23 +185,26 @@ def train_together(whole, pool, large, steps):
     whole.vae.requires_grad_(True)
 
     def loss_of_step(step):
-        small = step % 2 == 0
-        frames, size = CLIPS if small else LARGE_CLIPS
-        pixels = batch(pool if small else large, 3 * 10**6 + step, size, frames)
+        pixels = of_either_size(3 * 10**6 + step)
+        side = pixels.shape[-1]
         with torch.autocast("cpu", torch.bfloat16):
             latent = whole.encode(pixels)
-            noise = torch.randn_like(latent)
-            noise[:, CHANNELS:] = 0
-            result = whole.decode_raw(latent + LATENT_NOISE * noise)
-            moved = (latent - before.encode(pixels))[:, :CHANNELS].square().mean() if small else torch.zeros(())
-        loss = distance(result, pixels) + HELD * moved
-        name = "psnr" if small else "psnr_large"
-        return loss, {name: psnr(result.detach(), pixels), **({"moved": moved.item() ** 0.5} if small else {})}
+            result = whole.decode_raw(with_noise(latent))
+            moved = (latent - before.encode(pixels))[:, :CHANNELS].square().mean() if side == world.SIZE else 0.0
+        numbers = {f"psnr{side}": psnr(result.detach(), pixels)}
+        return distance(result, pixels) + HELD * moved, numbers | ({"moved": moved.item() ** 0.5} if moved else {})
 
     slow = torch.nn.ModuleList([whole.vae.encoder, whole.vae.conv1])
     return train(
         "video_vae_together", whole, loss_of_step, steps=steps, peak_rate=4e-4, slow=slow, ema=0.995, save_every=50
     )
+
+
+def with_noise(latent):
+    """Return a normalised latent with the noise that the decoder learns to overlook, in the channels that are used."""
+    noise = LATENT_NOISE * torch.randn_like(latent)
+    noise[:, CHANNELS:] = 0
+    return latent + noise
 
 
 def distance(result, pixels):
@@ -227,19 +218,15 @@ def main():
     parser.add_argument("--clip-steps", type=int, default=700)
     parser.add_argument("--decoder-steps", type=int, default=3400)
     parser.add_argument("--together-steps", type=int, default=2000)
-    parser.add_argument("--pool", type=int, default=1200, help="clips rendered for training")
-    parser.add_argument("--large-pool", type=int, default=300, help="clips of twice the size")
     parser.add_argument("--from", dest="stage", choices=("decoder", "together"), help="go on from nano/weights here")
     options = parser.parse_args()
     quicken_video_vae()
-    pool = clips(options.pool)
     path = WEIGHTS / "nano_video_vae.safetensors"
     if options.stage is None:
-        save(with_principal_latent(train_autoencoder(pool, options.image_steps, options.clip_steps), pool), path)
+        save(with_principal_latent(train_autoencoder(options.image_steps, options.clip_steps)), path)
     if options.stage != "together":
-        save(train_decoder(load_video_vae(path), pool, options.decoder_steps), path)
-    large = clips(options.large_pool, scale=2)
-    save(train_together(load_video_vae(path), pool, large, options.together_steps), path)
+        save(train_decoder(load_video_vae(path), options.decoder_steps), path)
+    save(train_together(load_video_vae(path), options.together_steps), path)
 
 
 def save(whole, path):

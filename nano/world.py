@@ -41,7 +41,6 @@ SYLLABLE_SECONDS = 9 / FPS
 PITCHES = {"ball": 225, "cube": 875, "face": 150}
 
 
-
 @dataclass(frozen=True, slots=True)
 class Scene:
     """One clip before it is rendered; lengths in pixels, times in seconds."""
@@ -124,12 +123,12 @@ def mouth(scene, times):
     return opening, vowel
 
 
-def render_frames(scene, frames, scale=1):
-    """Return `frames` frames at 25 fps as float32 RGB [F,H,W,3] in [0,1], edges antialiased over one pixel.
+def render_frames(scene, frames, scale=1, first=0):
+    """Return `frames` frames at 25 fps, from frame `first` on, as float32 RGB [F,H,W,3] in [0,1].
 
-    H = W = 96 * scale, a whole number: the same scene, drawn larger.
+    H = W = 96 * scale, a whole number: the same scene, drawn larger. Edges are antialiased over one pixel.
     """
-    times = np.arange(frames) / FPS
+    times, seconds = (first + np.arange(frames)) / FPS, (first + frames) / FPS
     y, x = (np.mgrid[0 : SIZE * scale, 0 : SIZE * scale].astype(np.float32) + 0.5) / scale
     ground = np.array(COLOURS[scene.background], np.float32) / 255
     skin = np.array(COLOURS[scene.colour], np.float32) / 255
@@ -143,8 +142,7 @@ def render_frames(scene, frames, scale=1):
     if scene.kind == "face":
         paint_face(scene, times, x, y, skin, paint)
         return picture.clip(0, 1)
-    height = heights(scene, frames / FPS, times)
-    hits = contacts(scene, frames / FPS)
+    height, hits = heights(scene, seconds, times), contacts(scene, seconds)
     since = np.min(np.abs(times[:, None] - hits[None]), axis=1, initial=9.0)
     squash = 1 - 0.22 * np.clip(1 - since / 0.05, 0, 1)
     rx, ry = scene.radius / squash, scene.radius * squash

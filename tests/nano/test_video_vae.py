@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from pack.model_loader.core_vae import VideoVAE, initialise
-from pack.nano.train_video_vae import CHANNELS, CONFIG, inflate, normalising_deviations, rotate_to_principal
+from pack.nano.train_video_vae import CHANNELS, CONFIG, batch, inflate, normalising_deviations, rotate_to_principal
 from pack.nano.training import quicken_video_vae
 
 
@@ -58,3 +58,10 @@ def test_the_quick_norm_is_cores(monkeypatch):
         monkeypatch.setattr(norms, "forward", norms.forward)  # put back after the test
         quicken_video_vae()
         torch.testing.assert_close(vae.encode(clip), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_every_step_sees_clips_of_its_own_at_either_size():
+    small, again, other, large = batch(5, 2, 17), batch(5, 2, 17), batch(6, 2, 17), batch(5, 2, 5, scale=2)
+    assert small.shape == (2, 3, 17, 96, 96) and large.shape == (2, 3, 5, 192, 192)
+    assert torch.equal(small, again) and not torch.equal(small, other)
+    assert small.min() >= -1 and small.max() <= 1

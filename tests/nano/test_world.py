@@ -31,6 +31,16 @@ def test_contacts_are_seen_and_heard_when_they_happen(kind):
         np.testing.assert_allclose(seen.tones, truth, atol=0.04)
 
 
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_a_larger_clip_shows_the_same_and_a_window_is_a_part(kind):
+    (scene,) = scenes(1, kind=kind)
+    whole, large = world.render_frames(scene, 20), world.render_frames(scene, 20, scale=2)
+    assert large.shape == (20, 192, 192, 3)
+    halved = large.reshape(20, 96, 2, 96, 2, 3).mean((2, 4))
+    assert np.abs(halved - whole).mean() < 0.004 and np.abs(halved - whole)[:, :, :48].max() < 0.5
+    np.testing.assert_allclose(world.render_frames(scene, 6, first=9), whole[9:15], atol=1e-6)
+
+
 def test_mouth_follows_the_sound():
     values = [measure.pearson(seen.mouth, seen.loudness) for seen in map(observe, scenes(8, kind="face"))]
     assert np.mean(values) > 0.8 and min(values) > 0.6
