@@ -184,7 +184,7 @@ def load_model(path, weight_dtype, variant=None, disable_dynamic=False):
     """
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
-    network = load_dit(path, variant=variant, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
+    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=comfy.ops.disable_weight_init)
     model = HappyHorse(network, weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
