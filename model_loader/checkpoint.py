@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 DTYPES = {
     "F64": torch.float64,
@@ -157,9 +157,9 @@ def _open_files(path, files):
             f"{label(path)}: {len(absent)} of {len(files)} shards are missing (first: {absent[0]}). "
             "Download them beside the others."
         )
-    headers, metadata, where = {}, {}, {}
+    headers, metadata, where, starts = {}, {}, {}, {}
     for file in files:
-        file_headers, file_metadata = _read_safetensors_header(file)
+        file_headers, file_metadata, file_starts = _read_safetensors_header(file)
         for name in file_headers.keys() & where.keys():
             raise CheckpointError(
                 f"{label(file)}: {name} is in {where[name].name} too. Remove files that do not belong to the set, or "
@@ -168,18 +168,34 @@ def _open_files(path, files):
         headers.update(file_headers)
         metadata.update(file_metadata)
         where.update(dict.fromkeys(file_headers, file))
-    handles = {}
+        starts.update(file_starts)
 
     def read(name):
-        file = where[name]
         try:
-            if file not in handles:
-                handles[file] = safe_open(file, framework="pt")
-            return handles[file].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{label(file)}: {name} cannot be read ({error}). {AGAIN}") from None
+            return _mapped(where[name], starts[name], headers[name])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{label(where[name])}: {name} cannot be read any more ({error}). Has the file been replaced? Load it "
+                "again."
+            ) from None
 
     return Checkpoint(path, headers, metadata, read)
+
+
+def _mapped(path, start, header):
+    """Map one tensor of a file, copied where it is written to.
+
+    Each tensor by itself: where memory is smaller than a file, Linux refuses to map that as a whole in this way.
+    """
+    size = math.prod(header.shape) * header.dtype.itemsize
+    if not size:
+        return torch.empty(header.shape, dtype=header.dtype)
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=before)
+    aligned = raw if start % header.dtype.itemsize == 0 else raw.clone()
+    return aligned.view(header.dtype).reshape(header.shape)
 
 
 def _read_safetensors_header(path):
@@ -195,11 +211,11 @@ def _read_safetensors_header(path):
         name = "none"
         try:
             header = json.loads(file.read(length))
-            metadata, headers, ends = header.pop("__metadata__", {}), {}, {}
+            metadata, headers, starts, ends = header.pop("__metadata__", {}), {}, {}, {}
             for name, tensor in header.items():
                 headers[name] = TensorHeader(tuple(tensor["shape"]), DTYPES[tensor["dtype"]])
-                start, ends[name] = tensor["data_offsets"]
-                stored, needed = ends[name] - start, math.prod(tensor["shape"]) * headers[name].dtype.itemsize
+                starts[name], ends[name] = (8 + length + offset for offset in tensor["data_offsets"])
+                stored, needed = ends[name] - starts[name], math.prod(tensor["shape"]) * headers[name].dtype.itemsize
                 if stored != needed:
                     raise ValueError(f"{stored} bytes for {tensor['dtype']} {tensor['shape']}, which take {needed}")
         except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
@@ -208,9 +224,9 @@ def _read_safetensors_header(path):
             ) from None
     if not headers:
         raise CheckpointError(f"{label(path)}: holds no tensors. {AGAIN}")
-    whole = 8 + length + max(ends.values())
+    whole = max(ends.values())
     if size < whole:
-        cut = min((name for name in ends if 8 + length + ends[name] > size), key=ends.get)
+        cut = min((name for name in ends if ends[name] > size), key=ends.get)
         raise CheckpointError(
             f"{label(path)}: {size} bytes, but its header describes {whole}; the file is cut off in {cut}. {AGAIN}"
         )
@@ -219,7 +235,7 @@ def _read_safetensors_header(path):
             f"{label(path)}: {size} bytes, but its header describes {whole}; something follows its last tensor, "
             f"{max(ends, key=ends.get)}. {AGAIN}"
         )
-    return headers, metadata
+    return headers, metadata, starts
 
 
 def refuse_other_kind(path):
