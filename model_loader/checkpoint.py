@@ -1,6 +1,8 @@
 """Weight files as they lie on disk: headers first, tensors one at a time, clear errors for files that are not whole."""
 
 import json
+import math
+import mmap
 import os
 import pickle
 import re
@@ -9,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,6 +29,18 @@ DTYPES = {
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 AGAIN = "Download it again."
+KINDS = (  # how a file begins that is not what its name says: pattern, what it is, its rightful names, what to do
+    (rb"version https://git-lfs", "a Git LFS pointer", (), "Run `git lfs pull`, or download the file itself."),
+    (rb"\s*<", "a web page", (), "Download the file itself; its site may want a login or a licence accepted first."),
+    (rb"GGUF", "a GGUF file", (".gguf",), "Rename it to .gguf."),
+    (rb"PK\x03\x04", "a torch checkpoint", PICKLES, "Rename it to .ckpt."),
+    (rb"(?s).{8}\{\s*\"", "a safetensors file", (".safetensors",), "Rename it to .safetensors."),
+)
+
+
+def label(path):
+    """Return what messages call a file: its name with its folder's, because shards share their names."""
+    return "/".join(path.parts[-2:])
 
 
 class CheckpointError(RuntimeError):
@@ -57,8 +70,8 @@ class Checkpoint:
 
     @property
     def label(self):
-        """How messages call it: the file's name with its folder's, because shards share their names."""
-        return "/".join(self.path.parts[-2:])
+        """What messages call it."""
+        return label(self.path)
 
     @classmethod
     def open(cls, path):
@@ -98,34 +111,38 @@ def _open_folder(folder):
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         return _open_index(indices[0])
-    files = sorted(folder.glob("*.safetensors")) or sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
-    if files and all(SHARD.fullmatch(p.name) for p in files):
+    for suffixes in ((".safetensors",), PICKLES, (".gguf",)):
+        files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+        if files:
+            break
+    shards = [SHARD.fullmatch(file.name) for file in files]
+    if len(files) == 1 or files and all(shards) and len({shard[1] for shard in shards}) == 1:
         return Checkpoint.open(files[0])
-    if len(files) != 1:
-        found = ", ".join(p.name for p in files[:4]) or "none"
-        raise CheckpointError(
-            f"{folder.name}: expected one weight file or one sharded set in this folder, found {len(files)} ({found}). "
-            "Name the file instead of the folder."
-        )
-    return Checkpoint.open(files[0])
+    found = ", ".join(file.name for file in files[:4]) or "none"
+    raise CheckpointError(
+        f"{label(folder)}: expected one weight file or one sharded set in this folder, found {len(files)} files "
+        f"({found}). Name the file instead of the folder, or the folder inside that holds the weights."
+    )
 
 
 def _open_index(path):
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({os.fspath(name) for name in weight_map.values()})
+        shards = {tensor: os.fspath(shard) for tensor, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path.name}: not a shard index (no readable `weight_map`). {AGAIN}") from None
-    for name in names:
-        if Path(name).name != name:
+        raise CheckpointError(f"{label(path)}: not a shard index (no readable `weight_map`). {AGAIN}") from None
+    for tensor, shard in shards.items():
+        if Path(shard).name != shard:
             raise CheckpointError(
-                f"{path.name}: names a shard outside its folder ({name}); such an index is not trusted."
+                f"{label(path)}: places {tensor} outside its folder ({shard}); such an index is not trusted. Use one "
+                "that names files beside it."
             )
-    checkpoint = _open_files(path.parent, [path.parent / name for name in names])
-    lost = sorted(set(weight_map) - set(checkpoint.headers))
+    checkpoint = _open_files(path.parent, [path.parent / shard for shard in sorted(set(shards.values()))])
+    lost = sorted(set(shards) - set(checkpoint.headers))
     if lost:
         raise CheckpointError(
-            f"{checkpoint.label}: {len(lost)} tensors of {path.name} are in no shard (first: {lost[0]}). {AGAIN}"
+            f"{checkpoint.label}: {len(lost)} tensors of {path.name} are in no shard (first: {lost[0]}, expected in "
+            f"{shards[lost[0]]}). Download that file again."
         )
     return checkpoint
 
@@ -141,24 +158,48 @@ def _open_files(path, files):
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise CheckpointError(
-            f"{path.name}: {len(absent)} of {len(files)} shards are missing (first: {absent[0]}). "
+            f"{label(path)}: {len(absent)} of {len(files)} shards are missing (first: {absent[0]}). "
             "Download them beside the others."
         )
-    headers, metadata, where = {}, {}, {}
+    headers, metadata, where, starts = {}, {}, {}, {}
     for file in files:
-        file_headers, file_metadata = _read_safetensors_header(file)
+        file_headers, file_metadata, file_starts = _read_safetensors_header(file)
+        for name in file_headers.keys() & where.keys():
+            raise CheckpointError(
+                f"{label(file)}: {name} is in {where[name].name} too. Remove files that do not belong to the set, or "
+                "download it again."
+            )
         headers.update(file_headers)
         metadata.update(file_metadata)
         where.update(dict.fromkeys(file_headers, file))
-    handles = {}
+        starts.update(file_starts)
 
     def read(name):
-        file = where[name]
-        if file not in handles:
-            handles[file] = safe_open(file, framework="pt")
-        return handles[file].get_tensor(name)
+        try:
+            return _mapped(where[name], starts[name], headers[name])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{label(where[name])}: {name} cannot be read any more ({error}). Has the file been replaced? Load it "
+                "again."
+            ) from None
 
     return Checkpoint(path, headers, metadata, read)
+
+
+def _mapped(path, start, header):
+    """Map one tensor of a file, copied where it is written to.
+
+    Each tensor by itself: where memory is smaller than a file, Linux refuses to map that as a whole in this way.
+    """
+    size = math.prod(header.shape) * header.dtype.itemsize
+    if not size:
+        return torch.empty(header.shape, dtype=header.dtype)
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=before)
+    aligned = raw if start % header.dtype.itemsize == 0 else raw.clone()
+    return aligned.view(header.dtype).reshape(header.shape)
 
 
 def _read_safetensors_header(path):
@@ -166,45 +207,71 @@ def _read_safetensors_header(path):
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > size - 8:
+            refuse_other_kind(path)
             raise CheckpointError(
-                f"{path.name}: {size} bytes, too short for its own header; the file is empty, cut off or no "
+                f"{label(path)}: {size} bytes, too short for its own header; the file is empty, cut off or no "
                 f"safetensors. {AGAIN}"
             )
+        name = "none"
         try:
             header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            headers = {n: TensorHeader(tuple(t["shape"]), DTYPES[t["dtype"]]) for n, t in header.items()}
-            end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+            metadata, headers, starts, ends = header.pop("__metadata__", {}), {}, {}, {}
+            for name, tensor in header.items():
+                headers[name] = TensorHeader(tuple(tensor["shape"]), DTYPES[tensor["dtype"]])
+                starts[name], ends[name] = (8 + length + offset for offset in tensor["data_offsets"])
+                stored, needed = ends[name] - starts[name], math.prod(tensor["shape"]) * headers[name].dtype.itemsize
+                if stored != needed:
+                    raise ValueError(f"{stored} bytes for {tensor['dtype']} {tensor['shape']}, which take {needed}")
         except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{path.name}: unreadable safetensors header ({error!r}). {AGAIN}") from None
+            raise CheckpointError(
+                f"{label(path)}: unreadable safetensors header (last tensor: {name}; {error!r}). {AGAIN}"
+            ) from None
     if not headers:
-        raise CheckpointError(f"{path.name}: holds no tensors. {AGAIN}")
-    if size != end:
+        raise CheckpointError(f"{label(path)}: holds no tensors. {AGAIN}")
+    whole = max(ends.values())
+    if size < whole:
+        cut = min((name for name in ends if ends[name] > size), key=ends.get)
         raise CheckpointError(
-            f"{path.name}: {size} bytes, but its header describes {end}; the file is cut off. {AGAIN}"
+            f"{label(path)}: {size} bytes, but its header describes {whole}; the file is cut off in {cut}. {AGAIN}"
         )
-    return headers, metadata
+    if size > whole:
+        raise CheckpointError(
+            f"{label(path)}: {size} bytes, but its header describes {whole}; something follows its last tensor, "
+            f"{max(ends, key=ends.get)}. {AGAIN}"
+        )
+    return headers, metadata, starts
+
+
+def refuse_other_kind(path):
+    """Raise CheckpointError where a file that cannot be read begins as another kind does; return else."""
+    with path.open("rb") as file:
+        begin = file.read(64)
+    for pattern, what, suffixes, advice in KINDS:
+        if path.suffix not in suffixes and re.match(pattern, begin):
+            raise CheckpointError(f"{label(path)}: is {what}, whatever its name says. {advice}")
 
 
 def _open_pickle(path):
     if path.stat().st_size == 0:
-        raise CheckpointError(f"{path.name}: the file is empty. {AGAIN}")
+        raise CheckpointError(f"{label(path)}: the file is empty. {AGAIN}")
     try:
         # Only zip archives, which torch has written since 1.6, can be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        refuse_other_kind(path)
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path.name}: holds more than plain tensors, or is no torch checkpoint at all. Other objects could run "
-            "code, so it was not opened. Use a .safetensors file of the same weights."
+            f"{label(path)}: holds more than plain tensors ({found[1] if found else 'no torch checkpoint at all'}). "
+            "Other objects could run code, so it was not opened. Use a .safetensors file of the same weights."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path.name}: cut off, or not a torch checkpoint ({first_line}). {AGAIN}") from None
+        raise CheckpointError(f"{label(path)}: cut off, or not a torch checkpoint ({first_line}). {AGAIN}") from None
     for wrapper in ("ema_state_dict", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
     tensors = {n: t for n, t in content.items() if isinstance(t, torch.Tensor)} if isinstance(content, dict) else {}
     if not tensors:
-        raise CheckpointError(f"{path.name}: holds no named tensors; expected a state dict. {AGAIN}")
+        raise CheckpointError(f"{label(path)}: holds no named tensors; expected a state dict. {AGAIN}")
     return Checkpoint.of_tensors(tensors, path)

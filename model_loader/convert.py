@@ -15,8 +15,9 @@ from .checkpoint import Checkpoint, CheckpointError, TensorHeader
 from .detect import DIT_VARIANTS, describe
 from .key_map import KEY_MAPS, stacked_name
 from .layouts import as_published
-from .load import expected_tensors, linear_weights, part_metadata, plan, tokenizer_json
+from .load import expected_tensors, linear_weights, part_metadata, plan
 from .safetensors_writer import SafetensorsWriter
+from .tokenizer import tokenizer_definition
 from .tokens import rotary_bands
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -66,7 +67,7 @@ def convert(source, destination, dtype, *, variant=None, force=False):
     bands = rotary_bands(found.config.head_dim) if found.part == "dit" else None
     if bands is not None:
         headers["adapter.rope.bands"] = TensorHeader(tuple(bands.shape), bands.dtype)
-    tokenizer = tokenizer_json(source) if found.part == "text_encoder" else None
+    tokenizer = tokenizer_definition(original) if found.part == "text_encoder" else None
     metadata = part_metadata(found.part, found.config, found.variant, tokenizer)
     metadata["happyhorse.source_headers_sha256"] = headers_sha256(original)
     if quantised:

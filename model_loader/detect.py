@@ -28,9 +28,10 @@ CONFIGS = {
     "oobleck": OobleckConfig,
 }
 DIT_VARIANTS = {"distill": DISTILL, "base": BASE, "540p_sr": SR_540P, "1080p_sr": SR_1080P}
-VARIANT_NAMES = (  # how published files and folders call them
-    ("1080p_sr", re.compile(r"1080p?[_-]?sr|sr[_-]?1080")),
-    ("540p_sr", re.compile(r"540p?[_-]?sr|sr[_-]?540")),
+TRANSFORMER_FOLDERS = ("transformer", "sr", "sr_transformer")  # of diffusers' layout: the folder above them tells
+VARIANT_NAMES = (  # how published files and folders call them; an sr_540p folder holds the first stage as transformer
+    ("1080p_sr", re.compile(r"1080p?[_/-]?sr|sr[_-]?1080(?!p?/transformer)")),
+    ("540p_sr", re.compile(r"540p?[_/-]?sr|sr[_-]?540(?!p?/transformer)")),
     ("distill", re.compile(r"distill")),
     ("base", re.compile(r"base|^magi_human_bf16")),  # WanGP's base model is the one without a word of its own
 )
@@ -51,8 +52,9 @@ def describe(checkpoint, variant=None):
     """Return the Description of an open Checkpoint from its headers, and from a config JSON beside the file.
 
     A DiT's variant ("distill", "base", "540p_sr", "1080p_sr") leaves no trace in names and shapes: it comes from the
-    file's metadata, else from `variant`, else from the file's or folder's name. CheckpointError where the file holds
-    none of our networks, where nothing tells its variant, or where its metadata contradicts `variant`.
+    file's metadata, else from `variant`, else from a config.json with local attention beside it, else from the name of
+    the file or its folder. CheckpointError where the file holds none of our networks, where nothing tells its
+    variant, or where its metadata contradicts `variant`.
     """
     network, prefix = _find(checkpoint)
     written = checkpoint.metadata.get("happyhorse.variant")
@@ -89,7 +91,9 @@ def _find(checkpoint):
 
 
 def _choose_variant(checkpoint, variant):
-    variant = variant or variant_from_name(checkpoint.path)
+    if variant is None:  # diffusers' config.json; only 1080p super-resolution has such layers
+        local = json_beside(checkpoint.path, "local_attn_layers").get("local_attn_layers")
+        variant = "1080p_sr" if local else variant_from_name(checkpoint.path)
     if variant not in DIT_VARIANTS:
         fault = f"unknown variant {variant}" if variant else "neither metadata nor name tells the variant"
         raise CheckpointError(
@@ -100,8 +104,12 @@ def _choose_variant(checkpoint, variant):
 
 
 def variant_from_name(path):
-    """Guess the DiT variant from a file's name, else from its folder's; None where neither says."""
-    for name in (path.name.lower(), path.parent.name.lower()):
+    """Guess the DiT variant from a file's name, else with its folder's; None where neither says."""
+    file, folder, above = (part.lower() for part in (path.name, path.parent.name, path.parent.parent.name))
+    names = [file, f"{folder}/{file}"]
+    if folder in TRANSFORMER_FOLDERS:
+        names.append(f"{above}/{folder}/{file}")
+    for name in names:
         for variant, pattern in VARIANT_NAMES:
             if pattern.search(name):
                 return variant

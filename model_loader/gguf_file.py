@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .checkpoint import AGAIN, Checkpoint, CheckpointError, TensorHeader
+from .checkpoint import AGAIN, Checkpoint, CheckpointError, TensorHeader, refuse_other_kind
+from .tokenizer import HEADER_KEY, definition_of_vocabulary
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")  # Q5_K: what K-quant mixes use beside Q4_K and Q6_K
@@ -78,7 +79,17 @@ def open_gguf(path):
         tensor = _read(gguf, mapped, stored[names[name]])
         return tensor - 1 if name != names[name] and name.endswith("norm.weight") else tensor
 
-    return Checkpoint(path, headers, {}, read)
+    return Checkpoint(path, headers, _tokenizer(metadata, headers), read)
+
+
+def _tokenizer(metadata, headers):
+    """Return Checkpoint metadata with the file's own SentencePiece vocabulary, {} where it has none for every token."""
+    pieces, scores, kinds = (metadata.get(f"tokenizer.ggml.{part}") for part in ("tokens", "scores", "token_type"))
+    rows = next((headers[name].shape[0] for name in headers if name.endswith("embed_tokens.weight")), None)
+    if metadata.get("tokenizer.ggml.model") != "llama" or not pieces or not scores or not kinds or len(pieces) != rows:
+        return {}  # "llama" is how GGUF calls SentencePiece's pairs; Gemma's vocabulary is one of those
+    leading_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return {HEADER_KEY: definition_of_vocabulary(pieces, scores, kinds, leading_space)}
 
 
 def _package(path):
@@ -124,6 +135,7 @@ class _Header:
 def _read_header(path, mapped):
     """Return metadata, {tensor name: (dimensions, kind, offset)} and where tensors begin."""
     if mapped[:4] != b"GGUF":
+        refuse_other_kind(path)
         raise CheckpointError(f"{path.name}: not a GGUF file, whatever its name says. {AGAIN}")
     header = _Header(mapped)
     header.at = 4

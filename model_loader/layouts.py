@@ -5,6 +5,7 @@ import re
 import torch
 
 from .checkpoint import Checkpoint, CheckpointError, TensorHeader
+from .diffusers_names import in_published_names
 from .dit_layers import MODALITIES
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -27,7 +28,7 @@ def as_published(checkpoint):
     no weight has a scale, fp8 is a plain cast and stays as it is. CheckpointError names the file and tensor: for an
     incomplete set here, for a scale that is not finite and positive when it is read.
     """
-    return _stacked(_with_scales(checkpoint))
+    return _stacked(_with_scales(in_published_names(checkpoint)))
 
 
 def holds_fp8(checkpoint):

@@ -15,6 +15,7 @@ from .dit import DiT
 from .key_map import KEY_MAPS, expert_names, split_names, stacked_name
 from .layouts import FP8, as_published, multiplied_out
 from .text_encoder import TextEncoder
+from .tokenizer import tokenizer_definition
 from .tokens import rotary_bands
 from .turbo_vae import TurboVAE
 
@@ -22,13 +23,16 @@ from .turbo_vae import TurboVAE
 def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn, keep_fp8=False):
     """Load a transformer from a file, shard or folder; `dtype` is its linears', the rest stays fp32.
 
-    variant: as `detect.describe`; keep_fp8: as `fill`. Raises CheckpointError.
+    path: or an open Checkpoint; variant: as `detect.describe`; keep_fp8: as `fill`. Raises CheckpointError.
     """
     return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations, keep_fp8=keep_fp8)
 
 
 def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn, keep_fp8=False):
-    """Load a T5Gemma encoder from a file, shard or folder; keep_fp8: as `fill`. Raises CheckpointError."""
+    """Load a T5Gemma encoder from a file, shard or folder, or from an open Checkpoint; keep_fp8: as `fill`.
+
+    Raises CheckpointError.
+    """
     return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations, keep_fp8=keep_fp8)
 
 
@@ -43,7 +47,7 @@ def load_audio_vae(path, *, device="cpu"):
 
 
 def _load(path, part, variant=None, **options):
-    checkpoint = as_published(Checkpoint.open(path))
+    checkpoint = as_published(path if isinstance(path, Checkpoint) else Checkpoint.open(path))
     found = describe(checkpoint, variant)
     if found.part != part:
         raise CheckpointError(
@@ -149,8 +153,8 @@ def _refuse(checkpoint, network, fault):
 def save_part(path, weights, part, config, variant, *, tokenizer=None):
     """Write one network as safetensors under its published tensor names, configuration in the header.
 
-    weights: the module or its state dict. part: "dit", "text_encoder", "video_vae" or "audio_vae". tokenizer: text of a
-    tokenizer.json to carry along. The file appears whole or not at all.
+    weights: the module or its state dict. part: "dit", "text_encoder", "video_vae" or "audio_vae". tokenizer: a
+    `tokenizer_definition` to carry along. The file appears whole or not at all.
     """
     network = next(name for name, cls in CONFIGS.items() if isinstance(config, cls))
     if KEY_MAPS[network].part != part:
@@ -193,8 +197,5 @@ def published_tensors(network, state, config):
 
 
 def tokenizer_json(path):
-    """Return the text of a text encoder's tokenizer.json: embedded in the file, or beside it; None without one."""
-    checkpoint = Checkpoint.open(path)
-    embedded = checkpoint.metadata.get("happyhorse.tokenizer")
-    beside = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / "tokenizer.json"
-    return embedded or (beside.read_text(encoding="utf-8") if beside.is_file() else None)
+    """Return the `tokenizer_definition` of a text encoder's file or folder; None without one."""
+    return tokenizer_definition(Checkpoint.open(path))

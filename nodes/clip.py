@@ -7,11 +7,11 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
-import tokenizers
 import torch
 
 from ..model_loader.checkpoint import Checkpoint, CheckpointError
-from ..model_loader.load import load_text_encoder, tokenizer_json
+from ..model_loader.load import load_text_encoder
+from ..model_loader.tokenizer import read_tokenizer, tokenizer_definition
 from .fp8 import fp8_operations, stays_fp8
 
 MAX_TEXT_TOKENS = 640  # longer texts are cut after encoding, as the published pipeline does
@@ -23,11 +23,11 @@ class PromptTokenizer:
     """Prompt to token ids, taken literally: no weights in parentheses, because structured prompts use every bracket."""
 
     def __init__(self, definition):
-        self.tokenizer = tokenizers.Tokenizer.from_str(definition)
+        self.encode = read_tokenizer(definition)
 
     def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
         """Return {"t5gemma": [[(id, 1.0), ...]]}, with a word number each where `return_word_ids`."""
-        ids = self.tokenizer.encode(text).ids
+        ids = self.encode(text)
         return {ENCODER: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in ids]]}
 
     def state_dict(self):
@@ -87,25 +87,26 @@ def load_clip(path, device):
     devices = {}
     if device == "cpu":
         devices = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
-    definition = tokenizer_json(path)
+    checkpoint = Checkpoint.open(path)
+    definition = tokenizer_definition(checkpoint)
     if definition is None:
         raise CheckpointError(
-            f"{path.name}: no tokenizer in the file or beside it; expected a tokenizer.json in the same folder (a "
-            "tokenizer.model, or the vocabulary inside a .gguf file, will not do). Download it from where the text "
-            "encoder came from, for T5Gemma from https://huggingface.co/google/t5gemma-9b-9b-ul2."
+            f"{checkpoint.label}: no tokenizer in the file or beside it; expected a tokenizer.json or tokenizer.model "
+            "in the same folder. Download one from where the text encoder came from, for T5Gemma from "
+            "https://huggingface.co/google/t5gemma-9b-9b-ul2."
         )
-    dtype, keep_fp8 = weight_dtype(path), stays_fp8(path)
+    dtype, keep_fp8 = weight_dtype(checkpoint), stays_fp8(checkpoint)
     operations = fp8_operations(dtype) if keep_fp8 else comfy.ops.manual_cast
-    network = load_text_encoder(path, dtype=dtype, operations=operations, keep_fp8=keep_fp8)
+    network = load_text_encoder(checkpoint, dtype=dtype, operations=operations, keep_fp8=keep_fp8)
     target = comfy.supported_models_base.ClipTarget(
         tokenizer=lambda **_: PromptTokenizer(definition), clip=lambda **_: PromptEncoder(network, dtype)
     )
     return comfy.sd.CLIP(target, model_options={**devices, "dtype": dtype, "initial_device": torch.device("cpu")})
 
 
-def weight_dtype(path):
+def weight_dtype(checkpoint):
     """Return fp32 for a small encoder, where it costs nothing, else bf16 as published (fp16 overflows in T5Gemma)."""
-    parameters = sum(math.prod(header.shape) for header in Checkpoint.open(path).headers.values())
+    parameters = sum(math.prod(header.shape) for header in checkpoint.headers.values())
     return torch.float32 if parameters < SMALL_ENCODER else torch.bfloat16
 
 

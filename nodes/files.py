@@ -14,8 +14,7 @@ PACK = Path(__file__).parent.parent
 NANO_WEIGHTS = PACK / "nano" / "weights"
 EXAMPLES = PACK / "workflows" / "input"
 DOWNLOADS = PACK / "nodes" / "downloads.json"  # {name: {"directory", "url", "beside": {name: url}}}
-INDEX = "model.safetensors.index.json"
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+SHARD = re.compile(r"-(\d{5})-of-\d{5}\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,23 @@ def add_examples():
 
 
 def choices(part):
-    """List what a loader offers: single files and sharded folders, without shards and other parts' built-in files.
+    """List what a loader offers: single files and folders of shards, without other parts' built-in files.
 
     Text encoders may be .gguf files too, which ComfyUI's own lists leave out.
     """
     other_nano = {other.nano for other in PARTS} - {part.nano}
-    gguf = _below(part.folder, "*.gguf") if part is TEXT_ENCODER else []
-    files = [*folder_paths.get_filename_list(part.folder), *gguf]
-    files = [name for name in files if name not in other_nano and not SHARD.search(name)]
-    return sorted({*files, *(Path(index).parent.as_posix() for index in _below(part.folder, f"*/{INDEX}"))})
+    gguf = _gguf_files(part.folder) if part is TEXT_ENCODER else []
+    files = {*folder_paths.get_filename_list(part.folder), *gguf} - other_nano
+    return sorted({name for name in map(_whole, files) if name})
+
+
+def _whole(name):
+    """Return a single file's name, or for a shard its folder's; shards in no folder stand behind the first one."""
+    shard = SHARD.search(name)
+    folder = Path(name).parent.as_posix()
+    if not shard or (folder == "." and shard[1] == "00001"):
+        return name
+    return None if folder == "." else folder
 
 
 def require_listed(names):
@@ -84,14 +91,15 @@ def find(part, name):
     """Return the path of what `choices` listed as `name`; ValueError where it is gone."""
     for folder in map(Path, folder_paths.get_folder_paths(part.folder)):
         path = folder / name
-        if path.is_file() or (path / INDEX).is_file():
+        if path.is_file() or any(path.glob("*.safetensors")):
             return path
     raise ValueError(f"{name} is not in models/{part.folder} any more. Put it back, or press R to refresh the list.")
 
 
 def read_once(load, path, *options):
     """Return load(path, *options), the same object as long as an earlier one is in use and the file has not changed."""
-    changed = (path / INDEX if path.is_dir() else path).stat().st_mtime_ns
+    files = path.iterdir() if path.is_dir() else [path]
+    changed = max(file.stat().st_mtime_ns for file in files)
     key = (load, path, changed, options)
     loaded = _loaded.get(key)
     if loaded is None:
@@ -99,12 +107,12 @@ def read_once(load, path, *options):
     return loaded
 
 
-def _below(folder, pattern):
-    """Names of what matches in ComfyUI's folders of that kind, and in two levels of folders in those."""
+def _gguf_files(folder):
+    """Names of the .gguf files in ComfyUI's folders of that kind, and in three levels of folders in those."""
     roots = map(Path, folder_paths.get_folder_paths(folder))
     return [
         path.relative_to(root).as_posix()
         for root in roots
-        for depth in ("", "*/", "*/*/")
-        for path in root.glob(depth + pattern)
+        for depth in ("", "*/", "*/*/", "*/*/*/")
+        for path in root.glob(f"{depth}*.gguf")
     ]

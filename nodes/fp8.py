@@ -8,13 +8,12 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 
-from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.layouts import holds_fp8
 
 
-def stays_fp8(path):
-    """Tell whether the weights of a file or folder are fp8 and can stay so; where they cannot, the log says why."""
-    checkpoint, device = Checkpoint.open(path), comfy.model_management.get_torch_device()
+def stays_fp8(checkpoint):
+    """Tell whether the weights of an open Checkpoint are fp8 and can stay so; where they cannot, the log says why."""
+    device = comfy.model_management.get_torch_device()
     if not holds_fp8(checkpoint):
         return False
     if not comfy.model_management.supports_cast(device, torch.float8_e4m3fn):

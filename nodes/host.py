@@ -187,7 +187,7 @@ def load_model(path, weight_dtype, variant=None, keep_fp8=False, disable_dynamic
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
     operations = fp8_operations(weight_dtype) if keep_fp8 else comfy.ops.disable_weight_init
-    network = load_dit(path, variant=variant, dtype=weight_dtype, operations=operations, keep_fp8=keep_fp8)
+    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, keep_fp8=keep_fp8)
     model = HappyHorse(network, weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:

@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io
 
+from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.detect import DIT_VARIANTS
 from . import files
 from .clip import load_clip
@@ -83,7 +84,7 @@ def _variant_input():
 def _load_model(node, model, weight_dtype, variant):
     path = files.find(files.MODEL, model)
     dtype = DTYPES[weight_dtype] or default_weight_dtype()
-    keep_fp8 = weight_dtype == "default" and stays_fp8(path)
+    keep_fp8 = weight_dtype == "default" and stays_fp8(Checkpoint.open(path))
     loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, keep_fp8)
     computed = "bf16" if dtype is torch.bfloat16 else "fp32"
     weights = f"fp8, computed in {computed}" if keep_fp8 else computed

@@ -1,17 +1,22 @@
 """Tiny networks of every kind, with random weights from a fixed seed."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.config import DISTILL, SR_1080P, STABLE_AUDIO, T5GEMMA_9B, TURBO_7_7, WAN22_VAE
 from pack.model_loader.core_vae import AudioVAE, VideoVAE, initialise
+from pack.model_loader.detect import DIT_VARIANTS
 from pack.model_loader.dit import DiT
 from pack.model_loader.text_encoder import TextEncoder
 from pack.model_loader.turbo_vae import TurboVAE
 from pack.verify.case import GOLDEN
+
+sys.path.append(str(Path(__file__).parent))  # for layouts_on_disk
 
 TINY = {
     "num_layers": 4,
@@ -86,6 +91,25 @@ def wan():
 def oobleck():
     torch.manual_seed(5)
     return initialise(AudioVAE(TINY_OOBLECK)).eval()
+
+
+@pytest.fixture
+def tiny(request):
+    """Return function(network) -> a tiny one: a DiT's variant, or a part as its published files describe it."""
+
+    def make(network):
+        if network == "turbo":  # chunks of the released size, which files without a JSON are taken to have
+            turbo = TurboVAE(replace(TINY_TURBO, first_chunk_size=7, step_size=7)).eval()
+            turbo.load_state_dict(request.getfixturevalue("turbo").state_dict())
+            return turbo
+        if network not in DIT_VARIANTS:
+            return request.getfixturevalue(network)
+        torch.manual_seed(7)
+        preset = DIT_VARIANTS[network]
+        local = tuple(i for i in preset.local_attention_layers if i < TINY["num_layers"])
+        return scatter_norms(DiT(replace(preset, **TINY, local_attention_layers=local))).eval()
+
+    return make
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def folder_of_shards(weights):
     for shard, part in shards.items():
         save_file({name: tensors[name] for name in part}, folder / shard, metadata)
     index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
-    (folder / files.INDEX).write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     yield "daVinci/distill"
     for path in (*folder.iterdir(), folder, folder.parent):
         path.rmdir() if path.is_dir() else path.unlink()
