@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
+import struct
 from collections import namedtuple
 
 import pytest
 import torch
-from layouts_on_disk import EXACT, LAYOUTS, diffusers_oobleck, diffusers_wan, write, write_sparse
+from layouts_on_disk import EXACT, LAYOUTS, diffusers_oobleck, diffusers_wan
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.config import STABLE_AUDIO, T5GEMMA_9B, TURBO_7_7, WAN22_VAE
 from pack.model_loader.detect import DIT_VARIANTS, describe
@@ -22,6 +24,7 @@ from pack.model_loader.load import (
     published_tensors,
 )
 from pack.verify.case import GOLDEN
+from safetensors.torch import save_file
 
 Network = namedtuple("Network", "key component preset load")
 NETWORKS = {  # key: of KEY_MAPS; component: of the manifest
@@ -40,6 +43,49 @@ DIFFUSERS = {
     "wan": (diffusers_wan, "7f91be2a05f1ba0975f8777ce6e217f70919a3318a01d0ee5a879d251a1278eb"),
     "oobleck": (diffusers_oobleck, "7118395061bd577b1623dc62d793b08015d1bbbaf67c2612bcefca3a530f7ce9"),
 }
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+
+
+def write(files, folder):
+    """Write {path: tensors by name, or what a .json holds}."""
+    for path, content in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".json":
+            target.write_text(json.dumps(content))
+        elif target.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, target)
+        else:
+            torch.save(content, target)
+
+
+def write_sparse(files, folder):
+    """Write the same files with names, shapes and dtypes only: where the content would be, they have holes."""
+    for path, content in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".json":
+            target.write_text(json.dumps(content))
+        elif target.suffix == ".safetensors":
+            header, end = {}, 0
+            for name, tensor in content.items():
+                start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+                dtype = NAMES[tensor.dtype]
+                header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+            text = json.dumps(header).encode()
+            with target.open("wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                file.truncate(8 + len(text) + end)
+        else:
+            with torch.serialization.skip_data():
+                torch.save(on_cpu(content), target)
+
+
+def on_cpu(content):
+    if isinstance(content, dict):
+        return {name: on_cpu(value) for name, value in content.items()}
+    return torch.empty_like(content, device="cpu") if isinstance(content, torch.Tensor) else content
 
 
 def full_size(network):

@@ -9,8 +9,11 @@ import pytest
 import torch
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.config import T5GEMMA_9B
-from pack.model_loader.load import load_text_encoder, published_tensors
+from pack.model_loader.convert import convert
+from pack.model_loader.detect import describe
+from pack.model_loader.load import expected_tensors, load_text_encoder, plan, published_tensors, tokenizer_json
 from pack.model_loader.text_encoder import TextEncoder
+from pack.model_loader.tokenizer import read_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="optional package: pip install gguf")
 KIND = gguf.GGMLQuantizationType
@@ -128,11 +131,14 @@ def stored(array, kind):
     return gguf.quants.quantize(array, kind)
 
 
-def write(path, tensors, kind="F32", architecture="t5gemma", **metadata):
-    """Write a GGUF as llama.cpp's tools do: vectors stay F32."""
+def write(path, tensors, kind="F32", architecture="t5gemma", vocabulary=(["<pad>", "<eos>", "<bos>"], [3]), **metadata):
+    """Write a GGUF as llama.cpp's tools do: vectors stay F32. vocabulary: pieces, best last, and their kinds."""
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_array("tokenizer.ggml.tokens", ["<pad>", "<eos>", "<bos>"])
-    writer.add_array("tokenizer.ggml.scores", [0.0, -1.0, -2.0])
+    writer.add_string("tokenizer.ggml.model", "llama")
+    writer.add_array("tokenizer.ggml.tokens", vocabulary[0])
+    writer.add_array("tokenizer.ggml.scores", [-float(i) for i in range(len(vocabulary[0]), 0, -1)])
+    writer.add_array("tokenizer.ggml.token_type", vocabulary[1])
+    writer.add_bool("tokenizer.ggml.add_space_prefix", False)
     for key, value in metadata.items():
         writer.add_uint16(key.replace("_", "."), value)
     for name, tensor in tensors.items():
@@ -210,8 +216,10 @@ def test_a_cut_off_file_names_its_first_incomplete_tensor(tmp_path, encoder):
 def test_other_content_and_versions_are_refused(tmp_path, encoder):
     whole = write(tmp_path / "whole.gguf", tensors_of(encoder)).read_bytes()
     path = tmp_path / "t5.gguf"
-    path.write_bytes(b"PK\3\4" + whole[4:])
+    path.write_bytes(b"ggml" + whole[4:])
     assert "not a GGUF file" in refusal(path)
+    path.write_bytes(b"PK\3\4" + whole[4:])
+    assert "is a torch checkpoint, whatever its name says. Rename it to .ckpt" in refusal(path)
     for version in (b"\1\0\0\0", b"\0\0\0\3"):
         path.write_bytes(whole[:4] + version + whole[8:])
         assert "GGUF version" in refusal(path)
@@ -255,10 +263,49 @@ def test_without_the_package_the_message_says_how_to_install_it(tmp_path, encode
     assert "python -m pip install gguf" in refusal(path)
 
 
-def test_a_tokenizer_json_beside_is_found(tmp_path, encoder):
-    from pack.model_loader.load import tokenizer_json
+def test_its_own_vocabulary_is_the_tokenizer_if_it_is_whole(tmp_path, encoder):
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "r", "e", "d", "re", "red", *(f"p{i}" for i in range(41))]
+    kinds = [3, 3, 3, 2, *[1] * 46]
+    path = write(tmp_path / "t5.gguf", tensors_of(encoder), vocabulary=(pieces, kinds))
+    assert read_tokenizer(tokenizer_json(path))("red") == [8]
+    assert tokenizer_json(write(tmp_path / "t5.gguf", tensors_of(encoder))) is None
+    assert tokenizer_json(write(tmp_path / "t5.gguf", tensors_of(encoder), vocabulary=(pieces[:9], kinds[:9]))) is None
 
-    path = write(tmp_path / "t5.gguf", tensors_of(encoder))
-    assert tokenizer_json(path) is None
-    (tmp_path / "tokenizer.json").write_text('{"beside": 1}')
-    assert tokenizer_json(path) == '{"beside": 1}'
+
+@pytest.mark.parametrize("style", ["hf", "llama.cpp"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q4_K"])
+def test_full_size_headers_are_recognised_and_every_tensor_has_its_place(tmp_path, manifest, kind, style):
+    """A sparse file: names, shapes and types of the whole encoder, no content."""
+    headers = manifest("t5gemma_9b_encoder").headers
+    published = {f"model.encoder.{n.removeprefix('model.encoder.')}": h.shape for n, h in headers.items()}
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in published.items()}
+    writer = gguf.GGUFWriter(tmp_path / "t5.gguf", "t5gemma")
+    end = 0
+    for name, tensor in (llama_names(tensors) if style == "llama.cpp" else tensors).items():
+        chosen = KIND[kind] if tensor.ndim > 1 else KIND.F32
+        block, block_bytes = gguf.GGML_QUANT_SIZES[chosen]
+        size = tensor.numel() // block * block_bytes
+        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, chosen) if tensor.ndim > 1 else tensor.shape
+        dtype = np.uint8 if tensor.ndim > 1 else np.float32
+        writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=chosen)
+        end += -(-size // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with open(tmp_path / "t5.gguf", "r+b") as file:
+        start = file.seek(0, 2)
+        file.truncate(-(-start // 32) * 32 + end)
+    checkpoint = Checkpoint.open(tmp_path / "t5.gguf")
+    found = describe(checkpoint)
+    assert found.config == T5GEMMA_9B
+    wanted = expected_tensors(found.network, found.config, dtype=torch.bfloat16)
+    assert plan(found.network, checkpoint, found.prefix, wanted).keys() == published.keys()
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q6_K"])
+def test_converts_to_one_file_that_loads_the_same(tmp_path, encoder, kind):
+    path = write(tmp_path / "t5.gguf", llama_names(tensors_of(encoder)), kind)
+    convert(path, tmp_path / "t5.safetensors", "bf16")
+    found, meant = (load_text_encoder(p).state_dict() for p in (tmp_path / "t5.safetensors", path))
+    assert found.keys() == meant.keys() and all(torch.equal(found[name], meant[name]) for name in meant)

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from layouts_on_disk import turbo_json
 from pack.model_loader import config as configs
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.detect import describe
@@ -17,7 +18,6 @@ from pack.model_loader.load import (
     load_video_vae,
     published_tensors,
     save_part,
-    tokenizer_json,
 )
 from pack.model_loader.turbo_vae import TurboVAE
 from safetensors.torch import load_file, save_file
@@ -98,16 +98,6 @@ def test_a_state_dict_in_any_order_and_a_loaded_file_can_be_saved(tmp_path, dit,
     assert same_weights(load_text_encoder(tmp_path / "text.safetensors", dtype=torch.float32), text_encoder)
 
 
-def test_a_tokenizer_travels_in_the_header_or_beside(tmp_path, text_encoder):
-    path = tmp_path / "text.safetensors"
-    save_part(path, text_encoder, "text_encoder", text_encoder.config, "nano")
-    assert tokenizer_json(path) is None
-    (tmp_path / "tokenizer.json").write_text('{"beside": 1}')
-    assert tokenizer_json(path) == '{"beside": 1}'
-    save_part(path, text_encoder, "text_encoder", text_encoder.config, "nano", tokenizer='{"inside": 1}')
-    assert tokenizer_json(path) == '{"inside": 1}'
-
-
 def test_save_refuses_a_part_that_the_configuration_is_not(tmp_path, dit):
     with pytest.raises(ValueError, match="a DiTConfig describes a dit, not a video_vae"):
         save_part(tmp_path / "x.safetensors", dit, "video_vae", dit.config, "distill")
@@ -123,13 +113,6 @@ def test_configurations_survive_json(name):
 
 
 # Published layouts, without our metadata.
-
-
-@pytest.mark.parametrize("prefix", ["", "model.", "diffusion_model.", "model.diffusion_model."])
-def test_dit_under_every_prefix(tmp_path, dit, prefix):
-    save_file(prefixed(prefix, published("dit", dit)), tmp_path / "magi_human_distill.safetensors")
-    found = load_dit(tmp_path / "magi_human_distill.safetensors", dtype=torch.float32)
-    assert found.config == dit.config and same_weights(found, dit)
 
 
 def test_dit_sharded_and_without_its_bands(tmp_path, dit):
@@ -154,49 +137,6 @@ def test_dit_precision(tmp_path, dit, stored):
         assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted), name
 
 
-@pytest.mark.parametrize("prefix", ["model.encoder.", "encoder."])
-def test_text_encoder_among_its_decoder(tmp_path, text_encoder, prefix):
-    encoder = published("text_encoder", text_encoder)
-    tensors = {name.replace("model.encoder.", prefix): tensor for name, tensor in encoder.items()}
-    tensors |= {name.replace("model.encoder.", "model.decoder."): tensor + 1 for name, tensor in encoder.items()}
-    shard(tensors | {"lm_head.out_proj.weight": torch.ones(3)}, tmp_path / "t5gemma")
-    config = {"encoder": {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 4}, "decoder": {}}
-    (tmp_path / "t5gemma" / "config.json").write_text(json.dumps(config))
-    found = load_text_encoder(tmp_path / "t5gemma", dtype=torch.float32)
-    assert found.config == text_encoder.config and same_weights(found, text_encoder)
-
-
-def test_wan_vae_as_published_pickle_and_as_safetensors(tmp_path, wan):
-    tensors = published("wan_vae", wan)
-    torch.save(tensors, tmp_path / "Wan2.2_VAE.pth")
-    save_file(tensors, tmp_path / "wan2.2_vae.safetensors")
-    for name in ("Wan2.2_VAE.pth", "wan2.2_vae.safetensors"):
-        found = load_video_vae(tmp_path / name)
-        assert found.config == wan.config and same_weights(found, wan)
-
-
-def turbo_json(config):
-    """Write a TurboVAEConfig as the published JSON, which lists from the pixels inwards."""
-    return {
-        "_class_name": "AutoencoderKLTurboVAED",
-        "latent_channels": config.latent_channels,
-        "out_channels": config.out_channels,
-        "decoder_block_out_channels": config.block_out_channels[::-1],
-        "decoder_layers_per_block": config.layers_per_block[::-1],
-        "decoder_spatio_temporal_scaling": config.upsample[::-1],
-        "decoder_spatio_only": config.upsample_space_only[::-1],
-        "decoder_is_dw_conv": config.depthwise[::-1],
-        "decoder_dw_kernel_size": config.depthwise_kernel_size,
-        "decoder_causal": False,
-        "patch_size": 2,
-        "use_unpatchify": config.unpatchify,
-        "resnet_norm_eps": config.norm_eps,
-        "first_chunk_size": config.first_chunk_size,
-        "step_size": config.step_size,
-        "temporal_compression_ratio": config.temporal_compression,
-    }
-
-
 def test_turbo_as_published_with_its_json(tmp_path, turbo):
     tensors = prefixed("module.", published("turbo_vae", turbo))
     extra = {"module.encoder.conv_in.conv.weight": torch.ones(2), "module.decoder.aligned_head.weight": torch.ones(2)}
@@ -206,33 +146,10 @@ def test_turbo_as_published_with_its_json(tmp_path, turbo):
     assert found.config == turbo.config and same_weights(found, turbo)
 
 
-@pytest.mark.parametrize("root", ["decoder.", ""])
-def test_turbo_sizes_come_from_shapes_without_a_json(tmp_path, turbo, root):
-    tensors = {name.replace("decoder.", root, 1): tensor for name, tensor in published("turbo_vae", turbo).items()}
-    save_file(tensors, tmp_path / "turbo.safetensors")
-    found = load_video_vae(tmp_path / "turbo.safetensors")
-    assert (found.config.first_chunk_size, found.config.step_size) == (7, 7)
-    assert same_weights(found, turbo)
-
-
 def test_turbo_options_come_from_shapes_too(turbo):
     config = replace(turbo.config, depthwise=(True, True, False, True, True), unpatchify=False)
     tensors = Checkpoint.of_tensors(published("turbo_vae", TurboVAE(config)))
     assert describe(tensors).config == replace(config, first_chunk_size=7, step_size=7)
-
-
-def test_audio_vae_inside_stable_audio_and_alone(tmp_path, oobleck):
-    tensors = published("oobleck", oobleck)
-    model = prefixed("pretransform.model.", tensors) | {
-        "model.model.transformer.x": torch.ones(2),
-        "conditioner.y": torch.ones(2),
-    }
-    save_file(model, tmp_path / "model.safetensors")
-    save_file(tensors, tmp_path / "sd_audio.safetensors")
-    save_file({n.removeprefix("vae."): t for n, t in oobleck.state_dict().items()}, tmp_path / "new_names.safetensors")
-    for name in ("model", "sd_audio", "new_names"):
-        found = load_audio_vae(tmp_path / f"{name}.safetensors")
-        assert found.config == oobleck.config and same_weights(found, oobleck)
 
 
 # Memory.
