@@ -56,6 +56,13 @@ def test_1080p_local_layers():
         ("1080p_sr_fp8", "1080p_sr"),
         ("base/magi_human_distill_bf16.safetensors", "distill"),
         ("diffusion_models/model.safetensors", None),
+        ("MagiHuman-Diffusers/distill/transformer", "distill"),
+        ("MagiHuman-Diffusers/sr_540p/sr_transformer/diffusion_pytorch_model.safetensors", "540p_sr"),
+        ("MagiHuman-Diffusers/sr_1080p/sr_transformer", "1080p_sr"),
+        ("MagiHuman-Diffusers/sr_1080p/transformer", None),
+        ("daVinci-MagiHuman-Base-1080p/sr", "1080p_sr"),
+        ("daVinci-MagiHuman-Base-1080p/transformer", "base"),
+        ("database/weights/model.safetensors", None),
     ],
 )
 def test_variants_are_read_off_names(tmp_path, path, variant):

@@ -89,12 +89,12 @@ def on_cpu(content):
 
 
 def full_size(network):
-    """Return {published name: meta tensor} of the manifest, with the prefix of the published file."""
+    """Return {published name: meta tensor} of the manifest, which leaves out what precedes the text encoder's names."""
     component = COMPONENTS[NETWORKS[network].component]
-    root = KEY_MAPS[NETWORKS[network].key].published_root
+    root = "model." if network == "text_encoder" else ""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return {
-        root + name.removeprefix(root): torch.empty(shape, dtype=dtypes[dtype], device="meta")
+        root + name: torch.empty(shape, dtype=dtypes[dtype], device="meta")
         for name, (shape, dtype) in component["state_dict"].items()
     }
 

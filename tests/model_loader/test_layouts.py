@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from pack.model_loader.checkpoint import Checkpoint, CheckpointError, TensorHeader
-from pack.model_loader.config import DISTILL
-from pack.model_loader.key_map import KEY_MAPS
+from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.layouts import as_published
-from pack.model_loader.load import expected_tensors, fill, load_dit, plan, published_tensors
+from pack.model_loader.load import fill, load_dit, published_tensors
 from safetensors.torch import save_file
 from torch import nn
 
@@ -160,16 +158,6 @@ def test_what_is_not_fp8_in_an_fp8_file_comes_in_the_networks_dtype(dit, scaled)
 def test_a_published_file_is_left_alone(dit):
     checkpoint = Checkpoint.of_tensors(published(dit))
     assert as_published(checkpoint) is checkpoint
-
-
-@pytest.mark.parametrize("ending", [ending for ending, _ in STYLES.values()])
-def test_full_size_fp8_headers_map_with_nothing_left(manifest, ending):
-    whole = manifest("dit")
-    headers = {n: TensorHeader(h.shape, torch.float8_e4m3fn) if is_linear(n) else h for n, h in whole.headers.items()}
-    scales = {n.removesuffix(".weight") + ending: TensorHeader((), torch.float32) for n in headers if is_linear(n)}
-    seen = as_published(Checkpoint("distill", headers | scales, {}, None))
-    places = plan("dit", seen, "", expected_tensors("dit", DISTILL, dtype=torch.bfloat16))
-    assert places.keys() == whole.headers.keys() - set(KEY_MAPS["dit"].computed) and len(scales) == 160
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.load import tokenizer_json
 from pack.nodes import files
+from pack.nodes.clip import ENCODER, token_count
 from pack.nodes.loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from pack.nodes.sampling import Sampler
 from safetensors.torch import load_file, save_file
@@ -74,12 +75,44 @@ def gguf_encoder(weights):
 def test_a_gguf_text_encoder_is_listed_for_its_loader_only_and_loads(loaded, weights, gguf_encoder):
     assert files.choices(files.TEXT_ENCODER) == [files.TEXT_ENCODER.nano, "t5/tiny.gguf"]
     assert files.choices(files.MODEL) == [files.MODEL.nano]
-    with pytest.raises(CheckpointError, match=r"tiny.gguf: no tokenizer .* a tokenizer.json in the same folder"):
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: no tokenizer .* a tokenizer.json or tokenizer.model in the"):
         LoadTextEncoder.execute("t5/tiny.gguf", "default")
     gguf_encoder.with_name("tokenizer.json").write_text(tokenizer_json(weights / files.TEXT_ENCODER.nano))
     clip = LoadTextEncoder.execute("t5/tiny.gguf", "default").args[0]
-    found, meant = (c.encode_from_tokens_scheduled(c.tokenize("a red ball"))[0][0] for c in (clip, loaded[1]))
+    assert token_count(loaded[1], "a red ball") == 1 + token_count(clip, "a red ball")  # beside a file: without <bos>
+    tokens = {ENCODER: [loaded[1].tokenize("a red ball")[ENCODER][0][1:]]}
+    found, meant = (c.encode_from_tokens_scheduled(tokens)[0][0] for c in (clip, loaded[1]))
     assert torch.equal(found, meant)
+
+
+@pytest.mark.parametrize(
+    ("folder", "stem"), [("distill/transformer", "diffusion_pytorch_model"), ("a/b/c/distill", "model")]
+)
+def test_any_folder_of_shards_is_listed_by_its_name_and_loads(loaded, weights, folder, stem):
+    tensors = load_file(weights / files.MODEL.nano)
+    (weights / folder).mkdir(parents=True)
+    try:
+        for i in (1, 2):
+            part = {name: tensors[name] for name in sorted(tensors)[i - 1 :: 2]}
+            save_file(part, weights / folder / f"{stem}-0000{i}-of-00002.safetensors")
+        assert files.choices(files.MODEL) == sorted([folder, files.MODEL.nano])
+        model = LoadModel.execute(folder, "fp32").args[0].model
+        single = loaded[0].model.diffusion_model.state_dict()
+        assert model.variant == "distill"
+        assert all(torch.equal(w, single[name]) for name, w in model.diffusion_model.state_dict().items())
+    finally:
+        shutil.rmtree(weights / folder.split("/")[0])
+
+
+def test_shards_in_no_folder_stand_behind_the_first(weights):
+    shards = [weights / f"distill-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    try:
+        for shard in shards:
+            save_file({shard.name: torch.ones(1)}, shard)
+        assert files.choices(files.MODEL) == [shards[0].name, files.MODEL.nano]
+    finally:
+        for shard in shards:
+            shard.unlink()
 
 
 def test_a_missing_file_is_named_with_the_place_to_get_it_from(model_folders):
