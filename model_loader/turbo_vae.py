@@ -156,24 +156,28 @@ class TurboVAE(nn.Module):
         return self.conv_in.conv.weight.dtype
 
     def decode(self, latent):
-        """Decode a normalised latent [B, C, T, h, w] in windows -> pixels [B, 3, 4T-3, 16h, 16w] fp32, about [-1, 1].
+        """Decode a normalised latent [B, C, T, h, w] -> pixels [B, 3, 4T-3, 16h, 16w] fp32, about [-1, 1], not clamped."""
+        return torch.cat(list(self.decode_steps(latent)), dim=2).float()
 
-        Windows overlap by one latent frame and are cut hard, as published; the result is not clamped.
+    def decode_steps(self, latent):
+        """Yield what `decode` returns a window at a time, in `dtype`.
+
+        Windows overlap by one latent frame and are cut hard, as published, so nothing is kept between them.
         """
         z = self.denormalise(latent)
         length, first, step = z.shape[2], self.config.first_chunk_size, self.config.step_size
         ratio = self.config.temporal_compression
         padded = first + step * math.ceil(max(0, length - first) / step)
         z = torch.cat([z, z[:, :, -1:].expand(-1, -1, padded - length, -1, -1)], dim=2)
-        if padded == first:
-            windows = [self.decode_window(z, first=True)]
-        else:
-            windows = [self.decode_window(z[:, :, : first + 1], first=True)[:, :, :-ratio]]
-            for start in range(first, padded, step):
-                window = self.decode_window(z[:, :, start - 1 : start + step + 1], first=False)
-                last = start + step >= padded
-                windows.append(window[:, :, ratio:] if last else window[:, :, ratio:-ratio])
-        return torch.cat(windows, dim=2)[:, :, : length * ratio - (ratio - 1)].float()
+        left = length * ratio - (ratio - 1)
+        for start in (0, *range(first, padded, step)):
+            is_first = start == 0
+            end = first if is_first else start + step
+            window = self.decode_window(z[:, :, max(0, start - 1) : end + 1], is_first)
+            skipped = 0 if is_first else ratio
+            kept = min(left, (end - start) * ratio - (ratio - 1 if is_first else 0))
+            yield window[:, :, skipped : skipped + kept]
+            left -= kept
 
     def denormalise(self, latent):
         """Undo the latent's normalisation in fp32; returned in `dtype`."""
