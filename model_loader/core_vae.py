@@ -80,11 +80,11 @@ class VideoVAE(nn.Module):
         """
         mean, inverse_std = self.statistics(latent.device)
         z = self.vae.conv2(latent.to(self.dtype) / inverse_std + mean)
-        module = "comfy.ldm.wan.vae2_2"
-        kept = [None] * core_class(module, "count_conv3d")(self.vae.decoder)
+        unpatchify, count = (core_class("comfy.ldm.wan.vae2_2", name) for name in ("unpatchify", "count_conv3d"))
+        kept = [None] * count(self.vae.decoder)
         for t in range(z.shape[2]):
-            packed = self.vae.decoder(z[:, :, t : t + 1], feat_cache=kept, feat_idx=[0], first_chunk=t == 0)
-            yield core_class(module, "unpatchify")(packed, 2)
+            frame = z[:, :, t : t + 1]
+            yield unpatchify(self.vae.decoder(frame, feat_cache=kept, feat_idx=[0], first_chunk=t == 0), 2)
 
     def statistics(self, device):
         """Return the latent's mean and 1/std, each [1, z, 1, 1, 1], in `dtype` as in the published pipeline."""

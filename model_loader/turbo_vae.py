@@ -156,7 +156,7 @@ class TurboVAE(nn.Module):
         return self.conv_in.conv.weight.dtype
 
     def decode(self, latent):
-        """Decode a normalised latent [B, C, T, h, w] -> pixels [B, 3, 4T-3, 16h, 16w] fp32, about [-1, 1], not clamped."""
+        """Decode a normalised latent [B, C, T, h, w] -> pixels [B, 3, 4T-3, 16h, 16w] fp32, not clamped."""
         return torch.cat(list(self.decode_steps(latent)), dim=2).float()
 
     def decode_steps(self, latent):
@@ -173,11 +173,10 @@ class TurboVAE(nn.Module):
         for start in (0, *range(first, padded, step)):
             is_first = start == 0
             end = first if is_first else start + step
-            window = self.decode_window(z[:, :, max(0, start - 1) : end + 1], is_first)
             skipped = 0 if is_first else ratio
             kept = min(left, (end - start) * ratio - (ratio - 1 if is_first else 0))
-            yield window[:, :, skipped : skipped + kept]
             left -= kept
+            yield self.decode_window(z[:, :, max(0, start - 1) : end + 1], is_first)[:, :, skipped : skipped + kept]
 
     def denormalise(self, latent):
         """Undo the latent's normalisation in fp32; returned in `dtype`."""
