@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pack.model_loader import turbo_vae
 from pack.model_loader.core_vae import VideoVAE, resample
 from pack.model_loader.turbo_vae import TurboVAE
 
@@ -37,7 +38,7 @@ def test_wan_steps_are_the_whole_decode_bit_for_bit(wan):
 
 @torch.no_grad()
 def test_steps_decode_no_further_than_they_are_asked(wan, turbo):
-    for network, calls, expected in ((wan, wan.vae.decoder, [1, 2, 3]), (turbo, turbo.conv_in, [1, 2, 3])):
+    for network, calls, expected in ((wan, wan.vae.decoder, [1, 2, 3]), (turbo, turbo.mid_block.resnets[0], [1, 2, 3])):
         seen = []
         calls.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[2]))
         steps = network.decode_steps(torch.randn(1, 48, 9, 2, 2))
@@ -117,9 +118,20 @@ def test_turbo_steps_are_the_published_windows(turbo, frames, lengths):
 @torch.no_grad()
 def test_turbo_windows_never_exceed_a_step_and_its_margins(turbo):
     lengths = []
-    turbo.conv_in.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
+    turbo.mid_block.resnets[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
     turbo.decode(torch.randn(1, 48, 9, 2, 2))  # first 2, step 3: padded to 11
     assert lengths == [3, 5, 5, 4]
+
+
+@torch.no_grad()
+def test_turbo_layers_run_in_pieces_of_any_size(turbo, monkeypatch):
+    """One frame at a time, with its neighbours, as the whole window: what a large picture is decoded with."""
+    for decoder in (turbo, TurboVAE(replace(turbo.config, depthwise=(True,) * 5, unpatchify=False))):
+        latent = torch.randn(1, 48, 5, 2, 3)
+        whole = decoder.decode(latent)
+        with monkeypatch.context() as patch:
+            patch.setattr(turbo_vae, "PIECE_BYTES", 1)
+            torch.testing.assert_close(decoder.decode(latent), whole, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

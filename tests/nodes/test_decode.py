@@ -154,7 +154,10 @@ def test_frames_one_after_the_other_are_those_of_the_whole_decode(loaded, turbo)
 @pytest.mark.parametrize("call", [1, 3])
 def test_short_of_memory_the_rest_of_the_clip_is_decoded_in_strips(loaded, turbo, call):
     latent = torch.randn(1, 48, 4, 20, 2)  # 20 rows: two strips
-    for vae, module in ((loaded[2], loaded[2].first_stage_model.vae.decoder), (turbo, turbo.first_stage_model.conv_in)):
+    for vae, module in (
+        (loaded[2], loaded[2].first_stage_model.vae.decoder),
+        (turbo, turbo.first_stage_model.mid_block.resnets[0]),
+    ):
         whole = torch.cat(list(vae.decode_frames(latent)))
         failing = out_of_memory_at(call, module)
         found = torch.cat(list(vae.decode_frames(latent)))
@@ -236,8 +239,12 @@ def test_an_interrupt_stops_the_decoder_and_leaves_no_file(loaded, sampled):
     hook = loaded[2].first_stage_model.vae.decoder.register_forward_pre_hook(interrupt)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         SaveVideo.execute("stopped/clip", latent=sampled, vae=loaded[2], audio_vae=loaded[3])
-    hook.remove()
     assert next(steps) == 3 and not list((Path(folder_paths.get_output_directory()) / "stopped").iterdir())
+    steps = itertools.count(1)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        Decode.execute(sampled, *loaded[2:])
+    hook.remove()
+    assert next(steps) == 3
 
 
 def test_frames_are_reported_as_they_go_by(monkeypatch):

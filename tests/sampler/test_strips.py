@@ -12,6 +12,7 @@ def test_strips_cover_every_row_and_share_the_overlap(rows):
     assert found[0][0] == 0 and found[-1][1] == rows and all(last - first <= STRIP for first, last in found)
     for (_, last), (first, _) in zip(found, found[1:], strict=False):
         assert last - first == OVERLAP
+    assert all(last - first > OVERLAP for first, last in found[1:]), "a strip must add rows"
 
 
 def enlarged(latent):
