@@ -43,14 +43,20 @@ def stages(resolution, ratio, seconds, precision):
         config = SR_1080P if resolution == "1080p" else SR_540P
         found.append(sampling("super-resolution", config, (width, height), seconds, precision))
     for name, network, config in (("TurboVAED", "turbo_vae", TURBO_7_7), ("Wan2.2", "wan_vae", WAN22_VAE)):
-        weights, part = weight_bytes(network, config, "bf16")
-        found.append(Stage(f"decode, {name}", weights, part, decode_bytes(config, width, height, 2)))
+        weights, layer = weight_bytes(network, config, "bf16")
+        found.append(Stage(f"decode, {name}", weights, layer, decode_bytes(config, width, height, torch.bfloat16)))
     return found
+
+
+def tokens_of(size, seconds):
+    """Return the tokens of a clip of a size in pixels."""
+    audio = audio_length(seconds)
+    return token_count(*size, video_length(audio), audio)
 
 
 def sampling(name, config, size, seconds, precision):
     """Return the Stage of a transformer's forwards at a size in pixels."""
-    activations = activation_bytes(config, token_count(*size, seconds))
+    activations = activation_bytes(config, tokens_of(size, seconds))
     return Stage(f"{name} {size[0]}x{size[1]}", *weight_bytes("dit", config, precision), activations)
 
 
@@ -115,12 +121,16 @@ def checks():
     """Yield (what, predicted bytes, counted bytes)."""
     for resolution, config in (("256p", DISTILL), ("540p", SR_540P), ("1080p", SR_1080P)):
         size = pixel_size(resolution, "16:9")
-        predicted = activation_bytes(config, token_count(*size, 5))
+        predicted = activation_bytes(config, tokens_of(size, 5))
         yield f"forward, {resolution}, 5 s", predicted, forward_bytes(config, size, 5)
     for network, config in (("turbo_vae", TURBO_7_7), ("wan_vae", WAN22_VAE)):
         for resolution in ("256p", "540p", "1080p"):
             size = pixel_size(resolution, "16:9")
-            yield f"decode, {network}, {resolution}", decode_bytes(config, *size, 2), step_bytes(network, config, size)
+            yield (
+                f"decode, {network}, {resolution}",
+                decode_bytes(config, *size, torch.bfloat16),
+                step_bytes(network, config, size),
+            )
 
 
 def main(arguments=None):

@@ -7,6 +7,7 @@ from ..model_loader.detect import DIT_VARIANTS
 from . import files
 from .clip import load_clip
 from .host import default_weight_dtype, load_model
+from .memory import model_remarks
 from .notice import notice
 from .vae import load_audio, load_video
 
@@ -82,7 +83,7 @@ def _load_model(node, model, weight_dtype, variant):
     dtype = DTYPES[weight_dtype] or default_weight_dtype()
     chosen = None if variant == "auto" else variant
     loaded = files.read_once(load_model, files.find(files.MODEL, model), dtype, chosen)
-    notice(node, f"Variant: {loaded.model.variant}")
+    notice(node, "\n".join([f"Variant: {loaded.model.variant}", *model_remarks(loaded)]))
     return loaded
 
 

@@ -16,13 +16,9 @@ from ..model_loader.load import load_audio_vae, load_video_vae
 from ..model_loader.turbo_vae import TurboVAE
 from ..sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows
 from ..sampler.media import first_image, to_frames
+from ..sampler.memory import decode_bytes
 from ..sampler.sizes import pixel_frames
 from ..sampler.strips import OVERLAP, STRIP, decode_in_strips, strips
-
-# Values held at once for each pixel of the clip's area, as a multiple of the decoder's width at full resolution: a few
-# buffers of one 4-frame step at half resolution (Wan2.2), of one window of 32 frames (TurboVAED).
-WAN_VALUES_PER_WIDTH = 16
-TURBO_VALUES_PER_WIDTH = 48
 
 
 class HappyHorseVAE(comfy.sd.VAE):
@@ -51,10 +47,10 @@ class VideoVAE(HappyHorseVAE):
         self.upscale_index_formula = (4, 16, 16)
         self.downscale_ratio = (lambda frames: (frames + 3) // 4, 16, 16)
         self.downscale_index_formula = (4, 16, 16)
-        width = network.config.block_out_channels[-1] if turbo else network.config.dec_dim
-        values = width * (TURBO_VALUES_PER_WIDTH if turbo else WAN_VALUES_PER_WIDTH)
-        self.memory_used_decode = lambda shape, dtype: values * 256 * shape[-2] * shape[-1] * dtype.itemsize
-        self.memory_used_encode = lambda shape, dtype: values * shape[-2] * shape[-1] * dtype.itemsize
+        config = network.config
+        self.memory_used_decode = lambda shape, dtype: decode_bytes(config, 16 * shape[-1], 16 * shape[-2], dtype)
+        # A step of the encoder is no larger than the decoder's.
+        self.memory_used_encode = lambda shape, dtype: decode_bytes(config, shape[-1], shape[-2], dtype)
 
     def vae_encode_crop_pixels(self, pixels):
         """Crop to whole latents: sides to multiples of 16 about the middle, frames [F,H,W,3] to the first 4k+1."""
