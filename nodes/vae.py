@@ -15,7 +15,7 @@ from ..model_loader.core_vae import PLAYBACK_RATE, resample
 from ..model_loader.load import load_audio_vae, load_video_vae
 from ..model_loader.turbo_vae import TurboVAE
 from ..sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows
-from ..sampler.media import first_image, to_frames
+from ..sampler.media import first_image, frames_one_by_one
 from ..sampler.memory import decode_bytes
 from ..sampler.sizes import pixel_frames
 from ..sampler.strips import OVERLAP, STRIP, decode_in_strips, strips
@@ -102,9 +102,9 @@ class VideoVAE(HappyHorseVAE):
         for latent in samples.split(1):
             given = 0
             try:
-                for frames in self.whole_frames(latent):
-                    given += len(frames)
-                    yield frames
+                for frame in frames_one_by_one(self.decode_steps(latent)):
+                    given += 1
+                    yield frame
                 continue
             except Exception as error:
                 comfy.model_management.raise_non_oom(error)
@@ -113,12 +113,6 @@ class VideoVAE(HappyHorseVAE):
             for frames in self.strip_frames(latent):
                 yield frames[given:]
                 given = max(0, given - len(frames))
-
-    def whole_frames(self, latent):
-        """Yield the frames of one clip's latent as `decode_frames`, at most 4 at once."""
-        for pixels in self.decode_steps(latent):
-            for part in pixels.split(4, dim=2):
-                yield to_frames(part[0]).cpu()
 
     def strip_frames(self, latent):
         """Yield the frames of one clip's latent as `decode_frames`, decoded in strips with progress of their own."""

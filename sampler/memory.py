@@ -11,9 +11,9 @@ from .sizes import PIXEL_MULTIPLE
 LINEAR_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}  # a weight of the linear layers; the rest has a dtype of its own
 TEXT_TOKENS = 640  # at most
 # Peak of one forward in plain torch, in bytes for every hidden channel of every token (residual, queries, keys, values,
-# outputs), and of the tokens that pass the linears at a time (model_loader/dit_layers.py): 6.8 GB for five seconds of
-# 1080p. Counted tensor by tensor by `benchmarks.memory --check`; our kernels need a fifth less.
-TOKEN_BYTES, PIECE_BYTES, PIECE = 17, 50, 4096
+# outputs), and of the tokens that pass the linears at a time (model_loader/dit_layers.py): 5.6 GB for five seconds of
+# 1080p. Counted tensor by tensor by `benchmarks.memory --check`.
+TOKEN_BYTES, PIECE_BYTES, PIECE = 13, 55, 4096
 # Peak of one step of decoding in values for every pixel of the picture and channel of the widest full-size layer: 4
 # frames and what the convolutions keep of the step before (Wan2.2); a window of 9 latent frames (TurboVAED), and bytes
 # of the pieces it is worked through in.
