@@ -16,7 +16,7 @@ def clip_remarks(model, width, height, frames, audio):
     happyhorse = require_happyhorse(model)
     network = happyhorse.diffusion_model
     activations = activation_bytes(network.config, token_count(width, height, frames, audio))
-    largest = max(module_size(layer) for layer in network.block.layers)
+    largest = max(module_size(part) for part in network.modules() if not any(part.children()))
     stage = Stage(f"{width}x{height} of this length", module_size(happyhorse), largest, activations)
     have = comfy.model_management.get_total_memory(model.load_device)
     return clip_too_large(stage, have, on_card=_has_memory_of_its_own(model.load_device))
