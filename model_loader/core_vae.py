@@ -12,7 +12,7 @@ PLAYBACK_RATE = 44100  # Hz of every soundtrack we hand out
 
 
 def core_class(module, name):
-    """Import a class of ComfyUI core; ImportError with advice where there is no ComfyUI."""
+    """Import a class or function of ComfyUI core; ImportError with advice where there is no ComfyUI."""
     try:
         options = importlib.import_module("comfy.cli_args").args
     except ModuleNotFoundError as error:
@@ -71,8 +71,20 @@ class VideoVAE(nn.Module):
 
     def decode_raw(self, latent):
         """Decode as `decode`, without the clamp."""
+        return torch.cat(list(self.decode_steps(latent)), dim=2).float()
+
+    def decode_steps(self, latent):
+        """Yield what `decode_raw` returns a latent frame at a time, in `dtype`: 1 pixel frame, then 4 and 4.
+
+        Exact, because the decoder is causal: between steps each convolution keeps the last two frames that it saw.
+        """
         mean, inverse_std = self.statistics(latent.device)
-        return self.vae.decode(latent.to(self.dtype) / inverse_std + mean).float()
+        z = self.vae.conv2(latent.to(self.dtype) / inverse_std + mean)
+        unpatchify, count = (core_class("comfy.ldm.wan.vae2_2", name) for name in ("unpatchify", "count_conv3d"))
+        kept = [None] * count(self.vae.decoder)
+        for t in range(z.shape[2]):
+            frame = z[:, :, t : t + 1]
+            yield unpatchify(self.vae.decoder(frame, feat_cache=kept, feat_idx=[0], first_chunk=t == 0), 2)
 
     def statistics(self, device):
         """Return the latent's mean and 1/std, each [1, z, 1, 1, 1], in `dtype` as in the published pipeline."""

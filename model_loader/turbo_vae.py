@@ -1,38 +1,68 @@
 """TurboVAED, the fast video decoder: normalised latent in, pixels out, in windows of a few latent frames."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 NORM_EPS = 1e-8  # of every norm but the shortcut's, which the configuration gives
+# A layer works on as many frames at once as have this size: a window of 36 at 1920x1088 has 4.8 GB, in fp32 twice that.
+PIECE_BYTES = 512 * 2**20
+
+
+def pieces(x, size):
+    """Yield the (first, last + 1) frames of x [B, C, T, H, W] in pieces of at most `size` bytes, or one frame."""
+    frames = max(1, size // x[:, :, 0].nbytes)
+    yield from ((start, min(start + frames, x.shape[2])) for start in range(0, x.shape[2], frames))
 
 
 def channel_norm(x, eps):
-    """Divide x [B, C, ...] by its root mean square over the channels, in fp32; returned as x's dtype."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)).to(x.dtype)
+    """Divide x [B, C, T, H, W] by its root mean square over the channels, in fp32; returned as x's dtype."""
+    out = torch.empty_like(x)
+    for first, last in pieces(x, PIECE_BYTES // 4):
+        wide = x[:, :, first:last].float()
+        out[:, :, first:last] = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
+    return out
+
+
+def in_pieces(layer, x, margin, added_to=None):
+    """Run layer(frames) on x [B, C, T, H, W] in pieces: for n frames it gets `margin` more on either side.
+
+    At the ends the last frame repeats. Returns [B, C', T, H', W'], or `added_to` with that added in place.
+    """
+    frames, out = x.shape[2], added_to
+    for start, end in pieces(x, PIECE_BYTES):
+        first, last = max(0, start - margin), min(frames, end + margin)
+        result = layer(repeat_ends(x[:, :, first:last], margin - (start - first), margin - (last - end)))
+        if added_to is not None:
+            out[:, :, start:end] += result
+            continue
+        if out is None:
+            out = result.new_empty(*result.shape[:2], frames, *result.shape[3:])
+        out[:, :, start:end] = result
+    return out
+
+
+def repeat_ends(x, before, after):
+    """Repeat the first frame of x [B, C, T, H, W] `before` times in front of it, and the last one `after` times."""
+    if not before and not after:
+        return x
+    return torch.cat([x[:, :, :1].expand(-1, -1, before, -1, -1), x, x[:, :, -1:].expand(-1, -1, after, -1, -1)], dim=2)
 
 
 class Conv3(nn.Module):
-    """3-D convolution of stride 1: in time the end frames repeat, in space zeros pad."""
+    """3-D convolution of stride 1, padded with zeros in space; in time it uses up the `margin` of `in_pieces`."""
 
     def __init__(self, cin, cout, kernel, *, operations, **factory):
         super().__init__()
-        self.pad_time = (kernel[0] - 1) // 2
+        self.margin = (kernel[0] - 1) // 2
         self.conv = operations.Conv3d(cin, cout, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **factory)
 
     def forward(self, x):
-        """x [B, cin, T, H, W] -> [B, cout, T, H, W]."""
-        return self.conv(repeat_ends(x, self.pad_time))
-
-
-def repeat_ends(x, count):
-    """Repeat the first and the last frame of x [B, C, T, H, W] `count` times."""
-    if count == 0:
-        return x
-    return torch.cat([x[:, :, :1].expand(-1, -1, count, -1, -1), x, x[:, :, -1:].expand(-1, -1, count, -1, -1)], dim=2)
+        """x [B, cin, T + 2 margin, H, W] -> [B, cout, T, H, W]."""
+        return self.conv(x)
 
 
 class SeparableConv3(nn.Module):
@@ -40,14 +70,14 @@ class SeparableConv3(nn.Module):
 
     def __init__(self, cin, cout, kernel, *, operations, **factory):
         super().__init__()
-        self.pad_time = (kernel[0] - 1) // 2
+        self.margin = (kernel[0] - 1) // 2
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         self.depthwise_conv = operations.Conv3d(cin, cin, kernel, padding=padding, groups=cin, **factory)
         self.pointwise_conv = operations.Conv3d(cin, cout, 1, **factory)
 
     def forward(self, x):
-        """x [B, cin, T, H, W] -> [B, cout, T, H, W]."""
-        return self.pointwise_conv(self.depthwise_conv(repeat_ends(x, self.pad_time)))
+        """x [B, cin, T + 2 margin, H, W] -> [B, cout, T, H, W]."""
+        return self.pointwise_conv(self.depthwise_conv(x))
 
 
 class Residual(nn.Module):
@@ -63,11 +93,15 @@ class Residual(nn.Module):
         self.conv_shortcut = conv(cin, cout, (1, 1, 1), **factory) if cin != cout else None
 
     def forward(self, x):
-        """x [B, cin, T, H, W] -> [B, cout, T, H, W]."""
-        h = self.conv1(self.first_activation(channel_norm(x, NORM_EPS)))
-        h = self.conv2(F.silu(channel_norm(h, NORM_EPS)))
-        skip = x if self.conv_shortcut is None else self.conv_shortcut(channel_norm(x, self.shortcut_eps))
-        return h + skip
+        """x [B, cin, T, H, W] -> [B, cout, T, H, W], in place where the widths are equal."""
+        h = in_pieces(
+            lambda p: self.conv1(self.first_activation(channel_norm(p, NORM_EPS), inplace=True)), x, self.conv1.margin
+        )
+        if self.conv_shortcut is not None:
+            x = in_pieces(lambda p: self.conv_shortcut(channel_norm(p, self.shortcut_eps)), x, 0)
+        return in_pieces(
+            lambda p: self.conv2(F.silu(channel_norm(p, NORM_EPS), inplace=True)), h, self.conv2.margin, added_to=x
+        )
 
 
 class Upsampler(nn.Module):
@@ -84,10 +118,12 @@ class Upsampler(nn.Module):
     def forward(self, x, first):
         """x [B, C, T, H, W] -> [B, C, 2T, 2H, 2W]; `first` drops the new frame before the clip's first one."""
         if self.time_conv is not None:
-            even, odd = self.time_conv(x).chunk(2, dim=1)
+            even, odd = in_pieces(self.time_conv, x, self.time_conv.margin).chunk(2, dim=1)
             x = torch.stack([even, odd], dim=3).flatten(2, 3)
             x = x[:, :, 1:] if first else x
-        return per_frame(lambda frame: self.resample(F.interpolate(frame.float(), scale_factor=2).to(x.dtype)), x)
+        return in_pieces(
+            lambda p: per_frame(lambda frame: self.resample(F.interpolate(frame, scale_factor=2)), p), x, 0
+        )
 
 
 def per_frame(operation, x):
@@ -107,14 +143,13 @@ class Block(nn.Module):
             Residual(cout, cout, config, depthwise, relu=upsample, **factory) for _ in range(layers)
         )
 
-    def forward(self, x, first):
-        """x [B, cin, T, H, W] -> [B, cout, T', H', W']."""
-        x = x if self.conv_in is None else self.conv_in(x)
+    def layers(self, first):
+        """Yield what runs in turn on x [B, cin, T, H, W]; `first` as in Upsampler."""
+        if self.conv_in is not None:
+            yield self.conv_in
         for upsampler in self.upsamplers:
-            x = upsampler(x, first)
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x
+            yield partial(upsampler, first=first)
+        yield from self.resnets
 
 
 class TurboVAE(nn.Module):
@@ -156,24 +191,27 @@ class TurboVAE(nn.Module):
         return self.conv_in.conv.weight.dtype
 
     def decode(self, latent):
-        """Decode a normalised latent [B, C, T, h, w] in windows -> pixels [B, 3, 4T-3, 16h, 16w] fp32, about [-1, 1].
+        """Decode a normalised latent [B, C, T, h, w] -> pixels [B, 3, 4T-3, 16h, 16w] fp32, not clamped."""
+        return torch.cat(list(self.decode_steps(latent)), dim=2).float()
 
-        Windows overlap by one latent frame and are cut hard, as published; the result is not clamped.
+    def decode_steps(self, latent):
+        """Yield what `decode` returns a window at a time, in `dtype`.
+
+        Windows overlap by one latent frame and are cut hard, as published, so nothing is kept between them.
         """
         z = self.denormalise(latent)
         length, first, step = z.shape[2], self.config.first_chunk_size, self.config.step_size
         ratio = self.config.temporal_compression
         padded = first + step * math.ceil(max(0, length - first) / step)
         z = torch.cat([z, z[:, :, -1:].expand(-1, -1, padded - length, -1, -1)], dim=2)
-        if padded == first:
-            windows = [self.decode_window(z, first=True)]
-        else:
-            windows = [self.decode_window(z[:, :, : first + 1], first=True)[:, :, :-ratio]]
-            for start in range(first, padded, step):
-                window = self.decode_window(z[:, :, start - 1 : start + step + 1], first=False)
-                last = start + step >= padded
-                windows.append(window[:, :, ratio:] if last else window[:, :, ratio:-ratio])
-        return torch.cat(windows, dim=2)[:, :, : length * ratio - (ratio - 1)].float()
+        left = length * ratio - (ratio - 1)
+        for start in (0, *range(first, padded, step)):
+            is_first = start == 0
+            end = first if is_first else start + step
+            skipped = 0 if is_first else ratio
+            kept = min(left, (end - start) * ratio - (ratio - 1 if is_first else 0))
+            left -= kept
+            yield self.decode_window(z[:, :, max(0, start - 1) : end + 1], is_first)[:, :, skipped : skipped + kept]
 
     def denormalise(self, latent):
         """Undo the latent's normalisation in fp32; returned in `dtype`."""
@@ -183,14 +221,21 @@ class TurboVAE(nn.Module):
 
     def decode_window(self, z, first):
         """Decode raw latent frames [B, C, T, h, w] at once -> 4T-3 pixel frames if they are the `first`, else 4T."""
-        x = self.mid_block(self.conv_in(z), first)
-        for block in self.up_blocks:
-            x = block(x, first)
+        x = in_pieces(self.conv_in, z, self.conv_in.margin)
+        for block in (self.mid_block, *self.up_blocks):
+            for layer in block.layers(first):  # one loop, so that nothing else holds a layer's input
+                x = layer(x)
+        if not self.config.unpatchify:
+            x = in_pieces(self.enlarged, x, 0)
+        pixels = in_pieces(
+            lambda p: self.conv_out(F.silu(channel_norm(p, NORM_EPS), inplace=True)), x, self.conv_out.margin
+        )
+        return unpatchify(pixels) if self.config.unpatchify else pixels
+
+    def enlarged(self, x):
+        """Twice the height and width of x [B, C, T, H, W], a quarter of its channels: the option without unpatchify."""
         x = F.silu(channel_norm(x, NORM_EPS))
-        if self.config.unpatchify:
-            return unpatchify(self.conv_out(x))
-        x = per_frame(lambda frame: F.pixel_shuffle(self.upsampler2d_1.conv(frame), 2), x)
-        return self.conv_out(F.silu(channel_norm(x, NORM_EPS)))
+        return per_frame(lambda frame: F.pixel_shuffle(self.upsampler2d_1.conv(frame), 2), x)
 
 
 def unpatchify(x):

@@ -1,41 +1,71 @@
 """The end of a graph: latents to pictures and sound, and the mp4."""
 
-from fractions import Fraction
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 from comfy.cli_args import args
-from comfy_api.latest import InputImpl, Types, io, ui
+from comfy_api.latest import InputImpl, io, ui
 
-from ..model_loader.core_vae import resample
-from ..sampler.sizes import FPS
+from ..sampler.media import crop_middle, eight_bit
+from ..sampler.mp4 import write_mp4
+from ..sampler.sizes import PIXELS_PER_LATENT, pixel_frames, shown_size
 from .host import require_joint_latent
 from .soundtrack import original_sound
 from .vae import require_audio_vae, require_video_vae
 
-AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # Hz, ISO 14496-3
+CROPPED = "1920x1088, which 1080p is made at, loses 4 rows above and below and becomes 1920x1080 (upright: columns)."
 
 
-def decode_joint(latent, vae, audio_vae):
-    """Decode a joint LATENT to IMAGE [frames,H,W,3] in [0,1] and AUDIO at 44100 Hz, neither scaled nor normalised.
+def decode_sound(latent, audio_vae):
+    """Decode the sound of a joint LATENT to AUDIO at 44100 Hz, neither scaled nor normalised.
 
     A driving soundtrack comes back as it was given, at its own rate, and needs no audio VAE.
     """
-    video, audio = require_joint_latent(latent).unbind()
-    images = require_video_vae(vae).decode(video).flatten(0, 1)
     soundtrack = original_sound(latent)
     if soundtrack is not None:
-        return images, soundtrack
+        return soundtrack
+    _, audio = require_joint_latent(latent).unbind()
     waveform = require_audio_vae(audio_vae).decode(audio).movedim(-1, 1)
-    return images, {"waveform": waveform, "sample_rate": audio_vae.audio_sample_rate}
+    return {"waveform": waveform, "sample_rate": audio_vae.audio_sample_rate}
 
 
-def writable(audio):
-    """Return the AUDIO at a rate that AAC has: its own, or else 48000 Hz; None where there is none."""
-    if audio is None or audio["sample_rate"] in AAC_RATES:
-        return audio
-    samples = round(audio["waveform"].shape[-1] * 48000 / audio["sample_rate"])
-    return {"waveform": resample(audio["waveform"], samples), "sample_rate": 48000}
+def shown_pixels(video):
+    """Return (width, height) in pixels of what is shown of a video latent [B,48,T,H,W]."""
+    return shown_size(PIXELS_PER_LATENT * video.shape[4], PIXELS_PER_LATENT * video.shape[3])
+
+
+def decode_joint(latent, vae, audio_vae):
+    """Decode a joint LATENT to IMAGE [frames,H,W,3] in [0,1], cut to the size shown, and AUDIO as `decode_sound`."""
+    video, _ = require_joint_latent(latent).unbind()
+    images = require_video_vae(vae).decode(video).flatten(0, 1)
+    return crop_middle(images, *shown_pixels(video)), decode_sound(latent, audio_vae)
+
+
+def save_latent(path, latent, vae, audio_vae, metadata):
+    """Write a joint LATENT as mp4, decoded while it is written: no more than a few frames are in memory at once."""
+    video, _ = require_joint_latent(latent).unbind()
+    width, height = shown_pixels(video)
+    vae, sound = require_video_vae(vae), decode_sound(latent, audio_vae)
+    frames = (crop_middle(frames, width, height) for frames in vae.decode_frames(video))
+    count = video.shape[0] * pixel_frames(video.shape[2])
+    write_mp4(path, reported(frames, count), width, height, count, sound, metadata)
+
+
+def save_images(path, images, audio, metadata):
+    """Write IMAGE [F,H,W,3] and AUDIO, or None, as mp4."""
+    count, height, width = images.shape[:3]
+    write_mp4(path, reported(eight_bit(images), count), width, height, count, audio, metadata)
+
+
+def reported(pieces, count):
+    """Yield the pieces of a clip of `count` frames, show how many have gone by, and stop where the user interrupts."""
+    bar = comfy.utils.ProgressBar(count)
+    for frames in pieces:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield frames
+        bar.update(len(frames))
 
 
 class Decode(io.ComfyNode):
@@ -56,7 +86,7 @@ class Decode(io.ComfyNode):
                 io.Vae.Input("audio_vae", display_name="audio VAE", tooltip="The audio VAE, from Load HappyHorse."),
             ],
             outputs=[
-                io.Image.Output(tooltip="Frames, 25 a second."),
+                io.Image.Output(tooltip=f"Frames, 25 a second. {CROPPED}"),
                 io.Audio.Output(
                     tooltip="Stereo sound at 44100 Hz, at the level the model made it; a driving soundtrack as it was "
                     "given."
@@ -86,7 +116,10 @@ class SaveVideo(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Latent.Input(
-                    "latent", optional=True, tooltip="From HappyHorse Sampler; decoded here. Leave open to save images."
+                    "latent",
+                    optional=True,
+                    tooltip="From HappyHorse Sampler; decoded here, a few frames at a time. Leave open to save images. "
+                    + CROPPED,
                 ),
                 io.Vae.Input("vae", display_name="video VAE", optional=True, tooltip="Decodes the latent's picture."),
                 io.Vae.Input(
@@ -110,19 +143,23 @@ class SaveVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, filename_prefix, latent=None, vae=None, audio_vae=None, images=None, audio=None):
-        """Decode if need be, write the file, show it."""
+        """Write the file, decoding if need be, and show it."""
         if latent is not None:
-            images, audio = decode_joint(latent, vae, audio_vae)
-        elif images is None:
+            width, height = shown_pixels(require_joint_latent(latent).unbind()[0])
+        elif images is not None:
+            width, height = images.shape[2], images.shape[1]
+        else:
             raise ValueError("There is nothing to save: connect the sampler's latent (with both VAEs), or images.")
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), images.shape[2], images.shape[1]
+            filename_prefix, folder_paths.get_output_directory(), width, height
         )
-        file = f"{name}_{counter:05}_.mp4"
-        components = Types.VideoComponents(images=images, audio=writable(audio), frame_rate=Fraction(FPS))
-        InputImpl.VideoFromComponents(components).save_to(str(Path(folder) / file), metadata=cls.workflow_metadata())
-        preview = ui.PreviewVideo([ui.SavedResult(file, subfolder, io.FolderType.output)])
-        return io.NodeOutput(InputImpl.VideoFromFile(str(Path(folder) / file)), ui=preview)
+        path = Path(folder) / f"{name}_{counter:05}_.mp4"
+        if latent is not None:
+            save_latent(path, latent, vae, audio_vae, cls.workflow_metadata())
+        else:
+            save_images(path, images, audio, cls.workflow_metadata())
+        preview = ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=preview)
 
     @classmethod
     def workflow_metadata(cls):

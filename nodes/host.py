@@ -20,6 +20,7 @@ from ..model_loader.detect import describe
 from ..model_loader.layouts import as_published
 from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
+from ..sampler.memory import TEXT_TOKENS, activation_bytes
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 from .fp8 import fp8_operations
 
@@ -27,8 +28,6 @@ FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean
 FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
 PREVIEW = "happyhorse.preview"  # key in a model file's header: JSON [49][3], colours of the latent channels and a bias
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
-# Peak activations of a token, in bytes per hidden channel: the gated MLP in bf16 and fp32, the residual, q, k and v.
-ACTIVATION_BYTES = 60
 
 
 class LatentFormat(comfy.latent_formats.Wan22):
@@ -108,8 +107,10 @@ class HappyHorse(comfy.model_base.BaseModel):
 
     def memory_required(self, input_shape, cond_shapes=None):
         """Return the bytes that activations take for packed latents of `input_shape` [B,1,N]."""
-        tokens = math.prod(input_shape) / self.diffusion_model.config.video_in_channels
-        return tokens * self.diffusion_model.config.hidden_size * ACTIVATION_BYTES
+        config = self.diffusion_model.config
+        return activation_bytes(
+            config, math.prod(input_shape) / config.video_in_channels + input_shape[0] * TEXT_TOKENS
+        )
 
     def extra_conds(self, **kwargs):
         """Collect what one forward needs; texts keep their length (core's own text condition pads by repetition)."""

@@ -9,6 +9,7 @@ from . import files
 from .clip import load_clip
 from .fp8 import stays_fp8
 from .host import default_weight_dtype, load_model
+from .memory import model_remarks
 from .notice import notice
 from .vae import load_audio, load_video
 
@@ -88,7 +89,7 @@ def _load_model(node, model, weight_dtype, variant):
     loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, keep_fp8)
     computed = "bf16" if dtype is torch.bfloat16 else "fp32"
     weights = f"fp8, computed in {computed}" if keep_fp8 else computed
-    notice(node, f"Variant: {loaded.model.variant}. Weights: {weights}")
+    notice(node, "\n".join([f"Variant: {loaded.model.variant}. Weights: {weights}", *model_remarks(loaded)]))
     return loaded
 
 

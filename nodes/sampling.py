@@ -10,9 +10,11 @@ from comfy_api.latest import io
 
 from ..sampler.conditioning import AUDIO_SCALE, BASE_VIDEO_SCALE, BASE_VIDEO_SCALE_LATE
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
+from ..sampler.sizes import PIXELS_PER_LATENT
 from ..sampler.steps import UniPC, renoise_step
 from .guidance import base_guider, guidance_inputs, unguided
 from .host import require_generator, require_joint_latent, with_shift
+from .memory import clip_remarks
 from .notice import notice
 
 DISTILL_STEPS, BASE_STEPS = 8, 32
@@ -159,7 +161,9 @@ class Sampler(io.ComfyNode):
         else:
             function, steps, guider = sample_renoise, steps or DISTILL_STEPS, unguided(model, positive)
             told = "distilled, without guidance" + (": negative is not used" if negative is not None else "")
-        notice(cls, f"{steps} steps, {told}")
+        video, audio = start.unbind()
+        shape = PIXELS_PER_LATENT * video.shape[4], PIXELS_PER_LATENT * video.shape[3], video.shape[2], audio.shape[2]
+        notice(cls, "\n".join([f"{steps} steps, {told}", *clip_remarks(model, *shape)]))
         noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
         sampled = run(guider, function, flow_sigmas(steps, shift), noise, start, seed, latent.get("noise_mask"))
         return io.NodeOutput({**latent, "samples": sampled})

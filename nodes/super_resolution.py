@@ -19,6 +19,7 @@ from .host import (
     require_super_resolution,
     with_shift,
 )
+from .memory import clip_remarks
 from .notice import notice
 from .sampling import run, sample_unipc, seed_input, shift_input
 
@@ -170,7 +171,8 @@ class SuperResolution(io.ComfyNode):
         video, audio = require_joint_latent(latent).unbind()
         width, height = target_size(size, video)
         lost_image = vae is None and FIRST_IMAGE_PIXELS in positive[0][1]
-        notice(cls, "\n".join([f"{width}x{height}", *remarks(variant, video, width, height, lost_image)]))
+        told = [f"{width}x{height}", *remarks(variant, video, width, height, lost_image)]
+        notice(cls, "\n".join([*told, *clip_remarks(model, width, height, video.shape[2], audio.shape[2])]))
         guider = super_resolution_guider(
             with_shift(model, shift), at_new_size(positive, vae, height, width), negative, video.shape[2], guidance
         )

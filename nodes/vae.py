@@ -1,21 +1,24 @@
 """ComfyUI's VAE around our autoencoders, so that stock encode, decode and tiled nodes work on them."""
 
+import logging
+import os
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
+import comfy.utils
+import folder_paths
 import torch
 
 from ..model_loader.core_vae import PLAYBACK_RATE, resample
 from ..model_loader.load import load_audio_vae, load_video_vae
 from ..model_loader.turbo_vae import TurboVAE
 from ..sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows
-from ..sampler.media import first_image
-
-# Values held at once for each pixel of the clip's area, as a multiple of the decoder's width at full resolution: a few
-# buffers of one 4-frame step at half resolution (Wan2.2), of one window of 32 frames (TurboVAED).
-WAN_VALUES_PER_WIDTH = 16
-TURBO_VALUES_PER_WIDTH = 48
+from ..sampler.media import first_image, frames_one_by_one
+from ..sampler.memory import decode_bytes
+from ..sampler.sizes import pixel_frames
+from ..sampler.strips import OVERLAP, STRIP, decode_in_strips, strips
 
 
 class HappyHorseVAE(comfy.sd.VAE):
@@ -44,10 +47,10 @@ class VideoVAE(HappyHorseVAE):
         self.upscale_index_formula = (4, 16, 16)
         self.downscale_ratio = (lambda frames: (frames + 3) // 4, 16, 16)
         self.downscale_index_formula = (4, 16, 16)
-        width = network.config.block_out_channels[-1] if turbo else network.config.dec_dim
-        values = width * (TURBO_VALUES_PER_WIDTH if turbo else WAN_VALUES_PER_WIDTH)
-        self.memory_used_decode = lambda shape, dtype: values * 256 * shape[-2] * shape[-1] * dtype.itemsize
-        self.memory_used_encode = lambda shape, dtype: values * shape[-2] * shape[-1] * dtype.itemsize
+        config = network.config
+        self.memory_used_decode = lambda shape, dtype: decode_bytes(config, 16 * shape[-1], 16 * shape[-2], dtype)
+        # A step of the encoder is no larger than the decoder's.
+        self.memory_used_encode = lambda shape, dtype: decode_bytes(config, shape[-1], shape[-2], dtype)
 
     def vae_encode_crop_pixels(self, pixels):
         """Crop to whole latents: sides to multiples of 16 about the middle, frames [F,H,W,3] to the first 4k+1."""
@@ -65,6 +68,73 @@ class VideoVAE(HappyHorseVAE):
         """Crop and resize an IMAGE [H,W,3] in [0,1] to `height` x `width` -> its latent [1,48,1,height/16,width/16]."""
         pixels = first_image(image[..., :3], height, width)
         return self.encode(pixels[0].movedim(0, -1) * 0.5 + 0.5)
+
+    def decode(self, samples_in, vae_options=None):
+        """Decode latents [B,48,T,h,w] to IMAGE [B,F,H,W,3]; in core's tiles where the card's memory is short.
+
+        vae_options: core's, for other VAEs.
+        """
+        try:
+            return self.decode_whole(samples_in)
+        except Exception as error:
+            comfy.model_management.raise_non_oom(error)
+            logging.warning("Not enough memory to decode whole frames: decoding tiles, which takes longer.")
+        comfy.model_management.soft_empty_cache()
+        return self.decode_tiled(samples_in, tile_x=STRIP, tile_y=STRIP, overlap=OVERLAP)
+
+    def decode_whole(self, samples):
+        """Decode as `decode`, whole frames; they leave the card as they come, so that it never holds a clip of them."""
+        batch, _, frames, height, width = samples.shape
+        shape = batch, pixel_frames(frames), 16 * height, 16 * width, 3
+        images = torch.empty(shape, device=self.output_device, dtype=self.vae_output_dtype())
+        for clip, latent in zip(images, samples.split(1), strict=True):
+            done = 0
+            for pixels in self.decode_steps(latent):
+                clip[done : done + pixels.shape[2]] = pixels[0].movedim(0, -1)
+                done += pixels.shape[2]
+        return self.process_output(images)
+
+    def decode_frames(self, samples):
+        """Yield the frames of latents [B,48,T,h,w] in 8 bits, [n,H,W,3] on the CPU, clip after clip.
+
+        Where the card's memory is short the clip is decoded in strips (sampler/strips.py).
+        """
+        for latent in samples.split(1):
+            given = 0
+            try:
+                for frame in frames_one_by_one(self.decode_steps(latent)):
+                    given += 1
+                    yield frame
+                continue
+            except Exception as error:
+                comfy.model_management.raise_non_oom(error)
+                logging.warning("Not enough memory to decode whole frames: decoding strips, which takes longer.")
+            comfy.model_management.soft_empty_cache()
+            for frames in self.strip_frames(latent):
+                yield frames[given:]
+                given = max(0, given - len(frames))
+
+    def strip_frames(self, latent):
+        """Yield the frames of one clip's latent as `decode_frames`, decoded in strips with progress of their own."""
+        bar = comfy.utils.ProgressBar(len(strips(latent.shape[3])) * pixel_frames(latent.shape[2]))
+
+        def steps(strip):
+            for pixels in self.decode_steps(strip):
+                bar.update(pixels.shape[2])
+                yield pixels
+
+        folder = folder_paths.get_temp_directory()
+        os.makedirs(folder, exist_ok=True)
+        return decode_in_strips(steps, latent, folder)
+
+    def decode_steps(self, latent):
+        """Yield the network's pixels [1,3,n,H,W], about [-1,1], of one clip's latent, on the device it computes on."""
+        memory = self.memory_used_decode(latent.shape, self.vae_dtype)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
+        for pixels in self.first_stage_model.decode_steps(latent.to(self.device, self.vae_dtype)):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            yield pixels
+            del pixels  # the next step needs the room
 
 
 class PlaybackAudio(torch.nn.Module):

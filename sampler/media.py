@@ -39,6 +39,26 @@ def to_frames(decoded):
     return ((decoded.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 3, 0)
 
 
+def frames_one_by_one(steps):
+    """Yield a decoder's steps, [1, 3, n, H, W] nominally in [-1, 1], as uint8 [1, H, W, 3] on the CPU, truncated."""
+    for pixels in steps:
+        for frame in pixels.split(1, dim=2):
+            yield to_frames(frame[0]).cpu()
+        del pixels, frame  # the next step needs the room
+
+
+def eight_bit(images, count=8):
+    """Yield float images [F, H, W, C >= 3] in [0, 1] as uint8 [n <= count, H, W, 3] on the CPU, truncated."""
+    for piece in images[..., :3].split(count):
+        yield (piece.float() * 255).clamp(0, 255).to("cpu", torch.uint8)
+
+
+def crop_middle(frames, width, height):
+    """Return the middle width x height pixels of frames [..., H, W, C], a view of them."""
+    top, left = (frames.shape[-3] - height) // 2, (frames.shape[-2] - width) // 2
+    return frames[..., top : top + height, left : left + width, :]
+
+
 def resize_frames(frames, height, width, mode="bicubic"):
     """Resize 8-bit frames: uint8 [F, H, W, 3] -> [F, height, width, 3]; mode is bicubic, bilinear or nearest."""
     scaled = frames.permute(0, 3, 1, 2).float() / 255

@@ -20,6 +20,8 @@ RATIOS = {
     "4:5": 4 / 5,
 }
 RESOLUTIONS = {"256p": (448, 256), "540p": (960, 544), "720p": (1280, 704), "1080p": (1920, 1088)}
+# Sizes that no latent has: made larger, and cut out of the middle once they are decoded. The published 540p keeps 544.
+SHOWN = {(1920, 1088): (1920, 1080), (1088, 1920): (1080, 1920)}
 RATIO_WEIGHT = 2.0  # with 1, 5:4 at 256p would be 384x288, which is 4:3; with 3, areas would differ by 12 %
 
 TRAINED_SECONDS = 10  # longest clip of the training
@@ -45,6 +47,11 @@ def pixel_size(resolution, ratio):
 
     around = itertools.product((columns, columns + 1), (rows, rows + 1))
     return min(((int(w) * PIXEL_MULTIPLE, int(h) * PIXEL_MULTIPLE) for w, h in around), key=error)
+
+
+def shown_size(width, height):
+    """Return (width, height) in pixels of what is shown of a decoded clip: 1080 of 1088, else all of it."""
+    return SHOWN.get((width, height), (width, height))
 
 
 def outside_training(width, height, seconds):

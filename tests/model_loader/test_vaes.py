@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pack.model_loader import turbo_vae
 from pack.model_loader.core_vae import VideoVAE, resample
 from pack.model_loader.turbo_vae import TurboVAE
 
@@ -23,6 +24,25 @@ def test_wan_normalises_by_its_own_statistics(wan):
     other.load_state_dict(wan.state_dict())
     torch.testing.assert_close(other.encode(pixels), (wan.encode_raw(pixels) - 0.5) / 2)
     torch.testing.assert_close(other.decode(other.encode(pixels)), wan.decode(wan.encode(pixels)), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_wan_steps_are_the_whole_decode_bit_for_bit(wan):
+    latent = torch.randn(2, 48, 4, 2, 3)
+    steps = list(wan.decode_steps(latent))
+    mean, inverse_std = wan.statistics("cpu")
+    whole = wan.vae.decode(latent / inverse_std + mean)  # core's own loop
+    assert [step.shape[2] for step in steps] == [1, 4, 4, 4]
+    assert torch.equal(torch.cat(steps, dim=2), whole) and torch.equal(wan.decode_raw(latent), whole)
+
+
+@torch.no_grad()
+def test_steps_decode_no_further_than_they_are_asked(wan, turbo):
+    for network, calls, expected in ((wan, wan.vae.decoder, [1, 2, 3]), (turbo, turbo.mid_block.resnets[0], [1, 2, 3])):
+        seen = []
+        calls.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape[2]))
+        steps = network.decode_steps(torch.randn(1, 48, 9, 2, 2))
+        assert [next(steps) is not None and len(seen) for _ in range(3)] == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 32, 32), (1, 3, 5, 40, 32), (1, 3, 5, 32, 40)])
@@ -77,12 +97,41 @@ def test_turbo_gives_four_frames_a_latent_less_three(turbo, frames):
         assert torch.equal(pixels, whole[:, :, : 4 * frames - 3])
 
 
+@pytest.mark.parametrize(
+    ("frames", "lengths"), [(1, [1]), (2, [5]), (4, [5, 8]), (9, [5, 12, 12, 4]), (11, [5, 12, 12, 12])]
+)
+@torch.no_grad()
+def test_turbo_steps_are_the_published_windows(turbo, frames, lengths):
+    """Windows of 2, then 3 latent frames, with one more on either side, whose pixel frames are thrown away."""
+    latent = torch.randn(1, 48, frames, 2, 3)
+    steps = list(turbo.decode_steps(latent))
+    assert [step.shape[2] for step in steps] == lengths
+    z = turbo.denormalise(torch.cat([latent, latent[:, :, -1:].expand(-1, -1, 3, -1, -1)], dim=2))
+    for i, step in enumerate(steps):
+        first, last = (0, 2) if i == 0 else (3 * i - 1, 3 * i + 2)
+        at_end = last >= frames
+        window = turbo.decode_window(z[:, :, max(0, first - 1) : last if at_end else last + 1], first=i == 0)
+        assert torch.equal(step, window[:, :, 4 if i else 0 :][:, :, : step.shape[2]])
+    assert torch.equal(torch.cat(steps, dim=2), turbo.decode(latent))
+
+
 @torch.no_grad()
 def test_turbo_windows_never_exceed_a_step_and_its_margins(turbo):
     lengths = []
-    turbo.conv_in.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
+    turbo.mid_block.resnets[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
     turbo.decode(torch.randn(1, 48, 9, 2, 2))  # first 2, step 3: padded to 11
     assert lengths == [3, 5, 5, 4]
+
+
+@torch.no_grad()
+def test_turbo_layers_run_in_pieces_of_any_size(turbo, monkeypatch):
+    """One frame at a time, with its neighbours, as the whole window: what a large picture is decoded with."""
+    for decoder in (turbo, TurboVAE(replace(turbo.config, depthwise=(True,) * 5, unpatchify=False))):
+        latent = torch.randn(1, 48, 5, 2, 3)
+        whole = decoder.decode(latent)
+        with monkeypatch.context() as patch:
+            patch.setattr(turbo_vae, "PIECE_BYTES", 1)
+            torch.testing.assert_close(decoder.decode(latent), whole, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Pictures and sound: our decode against the stock nodes', encoding, TurboVAED, and the written file."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import comfy.model_management
 import comfy.nested_tensor
 import folder_paths
 import numpy as np
@@ -16,7 +18,7 @@ from pack.model_loader.config import TURBO_7_7
 from pack.model_loader.load import save_part
 from pack.model_loader.turbo_vae import TurboVAE
 from pack.nodes.conditioning import FirstImage
-from pack.nodes.decode import Decode, SaveVideo
+from pack.nodes.decode import Decode, SaveVideo, reported
 from pack.nodes.host import FIRST_IMAGE
 from pack.nodes.vae import load_video
 from pack.sampler.media import first_image
@@ -30,6 +32,29 @@ def sampled():
     video = torch.randn(1, 48, 3, 2, 4, generator=generator)
     audio = torch.randn(1, 64, 11, generator=generator)
     return {"samples": comfy.nested_tensor.NestedTensor((video, audio))}
+
+
+@pytest.fixture(scope="module")
+def turbo(tmp_path_factory):
+    """A tiny TurboVAED whose first window has 2 latent frames, later ones 1."""
+    path = tmp_path_factory.mktemp("turbo") / "turbo.safetensors"
+    config = replace(
+        TURBO_7_7, block_out_channels=(24, 16, 12, 8), layers_per_block=(1, 1, 1, 1, 1), first_chunk_size=2, step_size=1
+    )
+    torch.manual_seed(3)
+    save_part(path, TurboVAE(config), "video_vae", config, "turbo")
+    return load_video(path)
+
+
+def out_of_memory_at(call, module):
+    """Make the call of that number of a module fail as on a full card, once; return the hook's handle."""
+    calls = itertools.count(1)
+
+    def fail(module, inputs):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("planted")
+
+    return module.register_forward_pre_hook(fail)
 
 
 def streams(path):
@@ -111,13 +136,60 @@ def test_stock_audio_encode_takes_any_rate(loaded, monkeypatch):
     torch.testing.assert_close(heard[0][..., 500:-500], expected[..., 500:-500], atol=2e-3, rtol=0)
 
 
-def test_turbo_vae_decodes_and_says_that_it_cannot_encode(tmp_path):
-    config = replace(TURBO_7_7, block_out_channels=(24, 16, 12, 8), layers_per_block=(1, 1, 1, 1, 1))
-    save_part(tmp_path / "turbo.safetensors", TurboVAE(config), "video_vae", config, "turbo")
-    vae = load_video(tmp_path / "turbo.safetensors")
-    assert vae.decode(torch.randn(1, 48, 3, 2, 4)).shape == (1, 9, 32, 64, 3)
+def test_turbo_vae_decodes_and_says_that_it_cannot_encode(turbo):
+    assert turbo.decode(torch.randn(1, 48, 3, 2, 4)).shape == (1, 9, 32, 64, 3)
     with pytest.raises(ValueError, match="TurboVAED only decodes. To encode, load a Wan2.2 VAE"):
-        vae.encode(torch.rand(1, 32, 64, 3))
+        turbo.encode(torch.rand(1, 32, 64, 3))
+
+
+def test_frames_one_after_the_other_are_those_of_the_whole_decode(loaded, turbo):
+    latent = torch.randn(2, 48, 4, 2, 4)
+    for vae in (loaded[2], turbo):
+        whole = (vae.decode(latent) * 255).to(torch.uint8).flatten(0, 1)
+        pieces = list(vae.decode_frames(latent))
+        assert all(piece.dtype == torch.uint8 and len(piece) == 1 for piece in pieces)
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_short_of_memory_the_rest_of_the_clip_is_decoded_in_strips(loaded, turbo, call):
+    latent = torch.randn(1, 48, 4, 20, 2)  # 20 rows: two strips
+    for vae, module in (
+        (loaded[2], loaded[2].first_stage_model.vae.decoder),
+        (turbo, turbo.first_stage_model.mid_block.resnets[0]),
+    ):
+        whole = torch.cat(list(vae.decode_frames(latent)))
+        failing = out_of_memory_at(call, module)
+        found = torch.cat(list(vae.decode_frames(latent)))
+        failing.remove()
+        before = 0 if call == 1 else 5  # what came before the failure is not decoded again
+        assert found.shape == whole.shape and torch.equal(found[:before], whole[:before])
+        assert not torch.equal(found[before:], whole[before:]), "strips differ near their seams"
+        difference = (found[:, :160].float() - whole[:, :160].float()).abs().mean()
+        assert difference < 0.1 * whole.float().std(), "far from the seam only attention over the frame differs"
+
+
+def test_short_of_memory_decode_takes_cores_tiles(loaded):
+    latent = torch.randn(1, 48, 3, 20, 20)
+    vae = loaded[2]
+    whole = vae.decode(latent)
+    failing = out_of_memory_at(2, vae.first_stage_model.vae.decoder)
+    tiled = vae.decode(latent)
+    failing.remove()
+    expected = vae.decode_tiled(latent, tile_x=16, tile_y=16, overlap=4)
+    assert torch.equal(tiled, expected) and tiled.shape == whole.shape and not torch.equal(tiled, whole)
+    assert (tiled - whole).abs().mean() < 0.2 * whole.std()
+
+
+def test_what_is_no_lack_of_memory_is_not_caught(loaded):
+    def fail(module, inputs):
+        raise RuntimeError("a fault")
+
+    hook = loaded[2].first_stage_model.vae.decoder.register_forward_pre_hook(fail)
+    for run in (loaded[2].decode, lambda latent: list(loaded[2].decode_frames(latent))):
+        with pytest.raises(RuntimeError, match="a fault"):
+            run(torch.randn(1, 48, 2, 2, 2))
+    hook.remove()
 
 
 def test_saved_file(loaded, sampled):
@@ -155,6 +227,45 @@ def test_the_graph_is_in_the_file(loaded, sampled, monkeypatch):
     path = saved(SaveVideo.execute("graph", latent=sampled, vae=loaded[2], audio_vae=loaded[3]))
     _, metadata = streams(path)
     assert json.loads(metadata["prompt"]) == {"1": {}} and json.loads(metadata["workflow"]) == {"nodes": []}
+
+
+def test_an_interrupt_stops_the_decoder_and_leaves_no_file(loaded, sampled):
+    steps = itertools.count(1)
+
+    def interrupt(module, inputs):
+        if next(steps) == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    hook = loaded[2].first_stage_model.vae.decoder.register_forward_pre_hook(interrupt)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        SaveVideo.execute("stopped/clip", latent=sampled, vae=loaded[2], audio_vae=loaded[3])
+    assert next(steps) == 3 and not list((Path(folder_paths.get_output_directory()) / "stopped").iterdir())
+    steps = itertools.count(1)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        Decode.execute(sampled, *loaded[2:])
+    hook.remove()
+    assert next(steps) == 3
+
+
+def test_frames_are_reported_as_they_go_by(monkeypatch):
+    seen = []
+    monkeypatch.setattr("comfy.utils.PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
+    assert len(list(reported(torch.zeros(10, 2, 2, 3).split(5), 10))) == 2
+    assert seen[-1] == (10, 10)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        list(reported(torch.zeros(10, 2, 2, 3).split(5), 10))
+
+
+def test_1080p_is_cut_to_1080_rows_about_the_middle(loaded):
+    latent = {
+        "samples": comfy.nested_tensor.NestedTensor((torch.randn(1, 48, 1, 68, 120), torch.randn(1, 64, 1))),
+    }
+    images, _ = Decode.execute(latent, *loaded[2:]).args
+    assert images.shape == (1, 1080, 1920, 3)
+    assert torch.equal(images, loaded[2].decode(latent["samples"].unbind()[0])[0, :, 4:-4])
+    output = SaveVideo.execute("full", latent=latent, vae=loaded[2], audio_vae=loaded[3])
+    assert output.args[0].get_dimensions() == (1920, 1080)
 
 
 def test_images_alone_are_silent(loaded):

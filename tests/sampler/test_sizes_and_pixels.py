@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from pack.sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows, merge_windows
-from pack.sampler.media import first_image, resize_frames, to_frames
+from pack.sampler.media import crop_middle, first_image, resize_frames, to_frames
 from pack.sampler.sizes import (
     RATIOS,
     RESOLUTIONS,
@@ -14,6 +14,7 @@ from pack.sampler.sizes import (
     outside_training,
     pixel_frames,
     pixel_size,
+    shown_size,
     video_length,
 )
 from pack.sampler.super_resolution import noised_latent, start_super_resolution, upsample_latent
@@ -38,6 +39,17 @@ def test_published_sizes():
     assert audio_length(5) == 126 and video_length(126) == 32 and pixel_frames(32) == 125
     assert audio_length(1) == 26 and video_length(26) == 7 and video_length(1) == 1
     assert [latent_side(pixels) for pixels in (32, 100, 170, 256, 1088)] == [2, 6, 10, 16, 68]
+
+
+def test_only_1080p_is_shown_smaller_than_it_is_decoded():
+    assert shown_size(1920, 1088) == (1920, 1080) and shown_size(1088, 1920) == (1080, 1920)
+    for resolution, ratio in (
+        (r, a) for r in RESOLUTIONS for a in RATIOS if (r, a) not in (("1080p", "16:9"), ("1080p", "9:16"))
+    ):
+        assert shown_size(*pixel_size(resolution, ratio)) == pixel_size(resolution, ratio)
+    rows = torch.arange(8).view(1, 8, 1, 1).expand(2, 8, 6, 3)
+    assert crop_middle(rows, 6, 4)[0, :, 0, 0].tolist() == [2, 3, 4, 5]
+    assert crop_middle(rows.transpose(1, 2), 4, 6)[0, 0, :, 0].tolist() == [2, 3, 4, 5]
 
 
 def test_what_is_outside_the_training_is_said():
