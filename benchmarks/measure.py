@@ -1,12 +1,15 @@
 """Measure time and copy bandwidth of a device, without the caches' help."""
 
+import datetime
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+RESULTS = Path(__file__).resolve().parent / "results"
 FLUSH_BYTES = 256 * 2**20  # more than the last-level cache of any card here
 
 
@@ -18,6 +21,14 @@ def card_name(device):
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def result_path(what, device, folder=None):
+    """Return where a table about `what` goes: FOLDER/<what-card>-<date>.md, in benchmarks/results unless given."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{what} {card_name(device)}").strip("-").lower()
+    path = (folder or RESULTS) / f"{name}-{datetime.date.today().isoformat()}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def milliseconds(call, device, seconds=0.3):

@@ -11,7 +11,7 @@ def norm_and_rotate(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate the HEADS heads at `row` of one token: columns c and c + HALF are a pair, the rest only normed."""
+    """Norm and rotate the HEADS heads at `row` of one token: columns c and c + HALF are a pair, the rest is no pair."""
     head = tl.arange(0, BLOCK_HEADS).to(tl.int64)[:, None]
     pair = tl.arange(0, BLOCK_HALF).to(tl.int64)[None, :]
     rest = tl.arange(0, BLOCK_REST).to(tl.int64)[None, :]
@@ -90,7 +90,7 @@ def attention_inputs_kernel(
 
 
 def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None):
-    """`reference.attention_inputs` for up to three spans, any strides; `out` (q, k, v, gate) takes the result if given."""
+    """`reference.attention_inputs` for up to three spans, any strides; `out` takes the four results if given."""
     (batch, tokens, width), head_dim, (query_heads, key_heads) = rows.shape, q_weight.shape[-1], heads
     assert width == (query_heads + 2 * key_heads) * head_dim + query_heads
     assert len(spans) == q_weight.shape[0] == k_weight.shape[0] <= 3 and sum(spans) == tokens == sin_cos.shape[0]

@@ -25,7 +25,7 @@ class Limits:
     min_capability: tuple[int, int]
 
     def hold(self, tensors, columns, out_dtype, capability):
-        """Tell whether the kernel serves these inputs, `columns` a row, and this output on a card of this capability."""
+        """Tell whether the kernel serves inputs of `columns` a row and this output on a card of this capability."""
         quantise = out_dtype == FP8
         dtypes = [tensor.dtype for tensor in tensors] + [out_dtype or tensors[0].dtype] * (not quantise)
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -15,6 +15,15 @@ class Fp8Rows(NamedTuple):
     values: torch.Tensor
     scale: torch.Tensor
 
+    @property
+    def shape(self):
+        """The values' shape."""
+        return self.values.shape
+
+    def flatten(self, first, last):
+        """Join axes, not the last one, as torch's flatten does."""
+        return Fp8Rows(self.values.flatten(first, last), self.scale.flatten(first, last))
+
     def split(self, lengths, dim):
         """Split along an axis that is not the last, as torch's split does."""
         values, scales = self.values.split(lengths, dim), self.scale.split(lengths, dim)

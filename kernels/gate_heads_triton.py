@@ -1,4 +1,4 @@
-"""Attention's output times the heads' gates, heads side by side, in Triton: the layout change and the product at once."""
+"""Attention's output times the heads' gates, laid side by side, in Triton: layout change and product in one pass."""
 
 import torch
 import triton

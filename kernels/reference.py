@@ -30,8 +30,10 @@ def rms_norm_spans(x, weight, spans, eps=1e-6, out_dtype=None):
     x [B, N, ..., D], weight [E, D], spans: E lengths that sum to N; returned as `out_dtype` (default: x's dtype).
     """
     parts = zip(x.split(spans, dim=1), weight, spans, strict=True)
-    normed = [rms_norm(part, row, eps, torch.float32) for part, row, length in parts if length]
-    return narrowed(normed[0] if len(normed) == 1 else torch.cat(normed, dim=1), out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    part_dtype = torch.float32 if out_dtype == FP8 else out_dtype
+    normed = [rms_norm(part, row, eps, part_dtype) for part, row, length in parts if length]
+    return narrowed(normed[0] if len(normed) == 1 else torch.cat(normed, dim=1), out_dtype)
 
 
 def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
@@ -49,15 +51,18 @@ def swiglu7(x, out_dtype=None):
     x [..., 2M] -> [..., M] as `out_dtype` (default: x's dtype); computed in fp32.
     """
     gate, linear = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    gate = gate.clamp(max=7)
-    linear = linear.clamp(-7, 7)
-    return narrowed(gate * torch.sigmoid(1.702 * gate) * (linear + 1), out_dtype or x.dtype)
+    gated = sigmoid_gelu(gate.clamp(max=7)).mul_(linear.clamp(-7, 7).add_(1))
+    return narrowed(gated, out_dtype or x.dtype)
 
 
 def gelu7(x, out_dtype=None):
     """Sigmoid-approximated GELU, clamped at 7 from above: x [...] -> [...] as `out_dtype`; computed in fp32."""
-    wide = x.float().clamp(max=7)
-    return narrowed(wide * torch.sigmoid(1.702 * wide), out_dtype or x.dtype)
+    return narrowed(sigmoid_gelu(x.float().clamp(max=7)), out_dtype or x.dtype)
+
+
+def sigmoid_gelu(wide):
+    """x * sigmoid(1.702 x), in fp32."""
+    return F.silu(1.702 * wide).mul_(1 / 1.702)
 
 
 def rotate(x, sin_cos):
@@ -67,9 +72,9 @@ def rotate(x, sin_cos):
     """
     half = sin_cos.shape[-1] // 2
     sin, cos = sin_cos[:, None, :half], sin_cos[:, None, half:]
-    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+    first, second, rest = x.float().tensor_split((half, 2 * half), dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
 
 
 def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):
@@ -79,13 +84,12 @@ def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):
     with one row for each of the `spans`; sin_cos as `rotate`; heads = (Hq, Hkv). Returns contiguous q [B, Hq, N, d],
     k and v [B, Hkv, N, d] in rows' dtype and the gate's sigmoid [B, N, Hq] fp32; computed in fp32.
     """
-    query_heads, key_heads = heads
-    width, key_width = query_heads * q_weight.shape[-1], key_heads * q_weight.shape[-1]
-    *qkv, gate = rows.split((width, key_width, key_width, query_heads), dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, q_weight.shape[-1])) for part in qkv)
-    q = rotate(rms_norm_spans(q, q_weight, spans, eps, torch.float32), sin_cos).to(rows.dtype)
-    k = rotate(rms_norm_spans(k, k_weight, spans, eps, torch.float32), sin_cos).to(rows.dtype)
-    q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v))
+    (query_heads, key_heads), head_dim = heads, q_weight.shape[-1]
+    qk, v, gate = rows.split(((query_heads + key_heads) * head_dim, key_heads * head_dim, query_heads), dim=-1)
+    weight = torch.stack([q_weight] * query_heads + [k_weight] * key_heads, dim=1)  # [E, Hq + Hkv, d]
+    normed = rms_norm_spans(qk.unflatten(-1, (-1, head_dim)), weight, spans, eps, torch.float32)
+    q, k = rotate(normed, sin_cos).to(rows.dtype).split(heads, dim=2)
+    q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v.unflatten(-1, (-1, head_dim))))
     return q, k, v, torch.sigmoid(gate.float())
 
 

@@ -4,10 +4,12 @@ Tokens travel as x [B, N, D] in the order video, audio, text; `layout.spans` are
 is fp32, matmuls and attention run in the linears' dtype, norms, rotation, gate and activation in fp32.
 
 Long sequences pass the linears in pieces, so that no wide row exists for every token at once. A 1080p clip has N =
-65,706 tokens: x takes 1.35 GB, one bf16 [N, D] 0.67, q with k and v 0.94; an unsplit MLP would take 5.4 more (up 3.6,
-activation 1.8), a piece takes 0.17 to 0.34. Peaks, in GB, the layer's input included: attention x 1.35 + pieces and whole
-of q, k, v 1.89 = 3.2, then x + q, k, v 0.94 + output twice 1.35 = 3.6; MLP two x 2.69 + normed 0.67 + pieces and whole of
-the output 1.35 + 0.34 = 5.1, then three x 4.04 + normed and output 1.35 = 5.4. In all below 6.
+65,706 tokens: x takes 1.35 GB, one bf16 [N, D] 0.67, q, k and v together 0.94; an unsplit MLP would take 5.4 more (up
+3.6, activation 1.8), a piece of 4,096 tokens takes 0.34. Peaks in GB, with the layer's input, which the caller holds:
+x 1.35 + q, k, v in pieces and whole 1.89 = 3.2; x 1.35 + q, k, v 0.94 + attention's output 0.67, and twice its
+projection 1.35 = 4.3 (a local layer joins its blocks first: less); sum and norm: x 1.35 + change 0.67 + sum 1.35 +
+normed 0.67 = 4.0 (in torch, with one fp32 temporary, 5.4); MLP: input and sum 2.69 + normed 0.67 + output in pieces
+and whole 1.35 + one piece 0.34 = 5.1; then input, sum and new sum 4.04 + normed and output 1.35 = 5.4, the highest.
 """
 
 import math
@@ -15,7 +17,8 @@ import math
 import torch
 from torch import nn
 
-from ..kernels import add_rms_norm_spans, attention_inputs, gate_heads, gelu7, rms_norm, rms_norm_spans, swiglu7
+from ..kernels import FP8, add_rms_norm_spans, attention_inputs, gate_heads, gelu7, rms_norm, rms_norm_spans, swiglu7
+from . import fp8_linear
 from .attention import local_attention
 
 MODALITIES = ("video", "audio", "text")
@@ -87,6 +90,11 @@ class ExpertLinear(nn.Module):
         return join([project(getattr(self, modality), part, spans) for modality, part, length in parts if length])
 
 
+def input_dtype(operations, dtype):
+    """Return what the linears read: quantised rows where they are fp8 linears of ours, else their weights' dtype."""
+    return FP8 if operations is fp8_linear else dtype
+
+
 def linear(in_features, out_features, experts, *, operations, **factory):
     """Build a bias-free Linear, or one for each modality where `experts` is 3."""
     if experts == 1:
@@ -107,7 +115,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer, *, operations, dtype, device):
         super().__init__()
         self.experts = len(MODALITIES) if layer in config.expert_layers else 1
-        self.dtype = dtype
+        self.dtype = input_dtype(operations, dtype)
         self.heads = (config.num_heads, config.num_query_groups)
         self.radius = config.frame_receptive_field if layer in config.local_attention_layers else None
         width, head_dim = config.hidden_size, config.head_dim
@@ -142,7 +150,7 @@ class MLP(nn.Module):
         super().__init__()
         self.experts = len(MODALITIES) if layer in config.expert_layers else 1
         width, inner = config.hidden_size, config.mlp_width(layer)
-        self.dtype = dtype
+        self.dtype = input_dtype(operations, dtype)
         gated = layer not in config.gelu7_layers
         self.activation = swiglu7 if gated else gelu7
         factory = {"operations": operations, "dtype": dtype, "device": device}
@@ -151,7 +159,7 @@ class MLP(nn.Module):
         self.down_proj = linear(inner, width, self.experts, **factory)
 
     def forward(self, normed, layout):
-        """Normed x [B, N, D] in the linears' dtype -> what to add to x, the same."""
+        """Normed x [B, N, D] as the linears read it -> what to add to x, [B, N, D]."""
         pieces = cut(layout.spans, self.experts)
         return join([self.piece(*part) for part in zip(split(normed, pieces), pieces, strict=True)])
 
@@ -171,8 +179,7 @@ class Layer(nn.Module):
 
     def forward(self, x, layout, rotary, attend):
         """x [B, N, D] fp32 -> the same; rotary [N, 6*(head_dim//8)] fp32; attend(q, k, v) as `grouped_attention`."""
-        change = self.attention(x, layout, rotary, attend)
-        x, normed = self.mlp.pre_norm.of_sum(x, change, layout.spans, self.mlp.dtype)
+        x, normed = self.mlp.pre_norm.of_sum(x, self.attention(x, layout, rotary, attend), layout.spans, self.mlp.dtype)
         return x + self.mlp(normed, layout)
 
 

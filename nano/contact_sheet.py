@@ -1,6 +1,6 @@
 """Draw clips as one picture: a row of frames each, the sound below it; for the README and the templates.
 
-    python as_package.py nano.contact_sheet web/nano_result.jpg output/video/*.mp4
+python as_package.py nano.contact_sheet web/nano_result.jpg output/video/*.mp4
 """
 
 import argparse

@@ -19,9 +19,7 @@ from ..model_loader.load import save_part
 from . import world
 from .training import WEIGHTS, train
 
-CONFIG = OobleckConfig(
-    channels=4, latent_dim=64, c_mults=(2, 4, 8, 16, 24), strides=(8, 8, 4, 4, 2), sample_rate=51200
-)
+CONFIG = OobleckConfig(channels=4, latent_dim=64, c_mults=(2, 4, 8, 16, 24), strides=(8, 8, 4, 4, 2), sample_rate=51200)
 WINDOW = 8  # frames of 2048 samples
 FFTS = (256, 1024, 4096)
 LATENT_NOISE = 0.05  # deviation of the latent, whose own is 1

@@ -41,7 +41,6 @@ SYLLABLE_SECONDS = 9 / FPS
 PITCHES = {"ball": 225, "cube": 875, "face": 150}
 
 
-
 @dataclass(frozen=True, slots=True)
 class Scene:
     """One clip before it is rendered; lengths in pixels, times in seconds."""
