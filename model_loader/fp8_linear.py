@@ -1,5 +1,7 @@
 """Linears with an fp8 weight and a scale for each of its rows, given to a network as its `operations`."""
 
+import sys
+
 import torch
 from torch import nn
 
@@ -23,9 +25,7 @@ class Fp8Linear(nn.Module):
     @torch.no_grad()
     def quantise(self, weight):
         """Take the values of `weight` [out, in]."""
-        rows = quantise_weight(weight)
-        self.weight.copy_(rows.values)
-        self.weight_scale.copy_(rows.scale)
+        self.weight, self.weight_scale = (nn.Parameter(p, requires_grad=False) for p in quantise_weight(weight))
 
     def forward(self, x):
         """x [..., in] or Fp8Rows of it -> [..., out] bf16."""
@@ -39,3 +39,15 @@ def Linear(in_features, out_features, bias=True, dtype=None, device=None):  # no
         return nn.Linear(in_features, out_features, bias=bias, dtype=dtype, device=device)
     assert not bias
     return Fp8Linear(in_features, out_features, device)
+
+
+@torch.no_grad()
+def with_fp8_linears(network):
+    """Return a copy of a DiT whose linears are quantised; the fp32 islands and norms share the original's tensors."""
+    narrow = type(network)(network.config, operations=sys.modules[__name__], dtype=torch.bfloat16, device="meta")
+    for name, module in narrow.named_modules():
+        if isinstance(module, Fp8Linear):
+            module.quantise(network.get_submodule(name).weight)
+    rest = {name: tensor for name, tensor in network.state_dict().items() if narrow.get_parameter(name).is_meta}
+    narrow.load_state_dict(rest, strict=False, assign=True)
+    return narrow.train(network.training)
