@@ -1,13 +1,21 @@
 """Measure time and copy bandwidth of a device, without the caches' help."""
 
+import datetime
 import platform
+import re
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-FLUSH_BYTES = 256 * 2**20  # more than the last-level cache of any card here
+from ..kernels.dispatch import FP8_CAPABILITY
+from ..kernels.fp8 import quantise_rows, quantise_weight, scaled_matmul
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}  # more than the last-level cache of any card, of most processors
 
 
 def card_name(device):
@@ -20,10 +28,21 @@ def card_name(device):
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def result_path(what, device, folder=None):
+    """Return where a table about `what` goes: FOLDER/<what-card>-<date>.md, in benchmarks/results unless given."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{what} {card_name(device)}").strip("-").lower()
+    path = (folder or RESULTS) / f"{name}-{datetime.date.today().isoformat()}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def milliseconds(call, device, seconds=0.3):
-    """Return the median milliseconds of call(), repeated for about `seconds` after a warm-up, with cold caches."""
+    """Return the median milliseconds of call(), repeated for about `seconds` after a warm-up, with cold caches.
+
+    On a processor they are milliseconds of all threads together, so that other work on it does not count.
+    """
     call()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
     times, stop = [], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < stop:
         flush.zero_()
@@ -35,14 +54,92 @@ def milliseconds(call, device, seconds=0.3):
             end.synchronize()
             times.append(start.elapsed_time(end))
         else:
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times.append(1000 * (time.perf_counter() - start))
+            times.append(1000 * (time.process_time() - start))
     return statistics.median(times)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What this machine reached in this run: bytes a second of a plain copy, operations a second of large matmuls."""
+
+    copy: float
+    bf16: float
+    fp8: float | None  # None: no fp8 matmul here
+
+    def floor(self, moved=0, operations=0, fp8=False):
+        """Return the least milliseconds that so many bytes and operations take; None where fp8 cannot be multiplied."""
+        rate = self.fp8 if fp8 else self.bf16
+        return None if rate is None else 1000 * max(moved / self.copy, operations / rate)
 
 
 def copy_bandwidth(device):
     """Return the bytes a second that a plain copy reads and writes: the floor of every memory-bound op."""
-    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device)
+    source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device) * 1000
+
+
+def rates(device):
+    """Measure the machine: a copy of 1 GiB, matmuls of 8192 x 8192 x 8192 (on a processor 64 MiB and 512)."""
+    gpu = device.type == "cuda"
+    copy = copy_bandwidth(device)
+    size = 8192 if gpu else 512
+    x, weight = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    operations = 2 * size**3 * 1000
+    bf16 = operations / milliseconds(lambda: F.linear(x, weight), device)
+    if not gpu or torch.version.hip is not None or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        return Rates(copy, bf16, None)
+    rows, narrow = quantise_rows(x), quantise_weight(weight)
+    return Rates(copy, bf16, operations / milliseconds(lambda: scaled_matmul(rows, narrow, size), device))
+
+
+def once(call, device):
+    """Return the seconds of one call without warm-up, for what takes long; processor seconds on a processor."""
+    if device.type == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_gigabytes(call, device):
+    """Run call(), return the most memory it held beyond what was held before, in GB; None on a processor."""
+    if device.type != "cuda":
+        call()
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
+
+
+def cell(value, form="{:.3f}"):
+    """Write one value of a table; "-" for None."""
+    return "-" if value is None else form.format(value)
+
+
+def line(*cells):
+    """Join cells to one line of a Markdown table."""
+    return f"| {' | '.join(str(part) for part in cells)} |"
+
+
+def head(*names):
+    """Return the two lines that open a Markdown table."""
+    return [line(*names), "|" + "---|" * len(names)]
+
+
+def row_or_fault(name, make):
+    """Return make() as a table line after `name`, or the error in its place: one failing row must not cost the rest."""
+    try:
+        return line(*name, *make())
+    except Exception as error:  # out of memory, an operation this card or torch lacks
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return line(*name, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")

@@ -1,6 +1,30 @@
 """The network's element-wise and row-wise ops; the networks import them from here."""
 
-from .dispatch import rms_norm, rms_norm_spans, swiglu7
-from .reference import gate_heads, gelu7, renoise_step, rotate
+from .dispatch import (
+    add_rms_norm_spans,
+    attention_inputs,
+    fp8_linear,
+    gate_heads,
+    gelu7,
+    renoise_step,
+    rms_norm,
+    rms_norm_spans,
+    swiglu7,
+)
+from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
 
-__all__ = ["gate_heads", "gelu7", "renoise_step", "rms_norm", "rms_norm_spans", "rotate", "swiglu7"]
+__all__ = [
+    "FP8",
+    "Fp8Rows",
+    "add_rms_norm_spans",
+    "attention_inputs",
+    "fp8_linear",
+    "gate_heads",
+    "gelu7",
+    "quantise_rows",
+    "quantise_weight",
+    "renoise_step",
+    "rms_norm",
+    "rms_norm_spans",
+    "swiglu7",
+]

@@ -5,39 +5,46 @@ import logging
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from . import reference
+from .fp8 import FP8, dequantise_rows, scaled_matmul
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8_CAPABILITY = (8, 9)  # Ada and later multiply e4m3
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a Triton kernel accepts; beyond it the reference runs."""
 
-    dtypes: tuple[torch.dtype, ...]  # of input, weight and output
+    dtypes: tuple[torch.dtype, ...]  # of inputs, weights and output
     max_axes: int
-    max_columns: int
+    max_columns: int  # of a row of x
+    max_fp8_columns: int  # of a row of x where the output is Fp8Rows: one program holds a whole row; 0: no such output
     min_capability: tuple[int, int]
 
-    def hold(self, x, weights, out_dtype, capability):
-        """Tell whether the kernel serves input `x`, its weights and the asked dtype on a card of this capability."""
-        tensors = (x, *weights)
-        dtypes = [tensor.dtype for tensor in tensors] + [out_dtype or x.dtype]
+    def hold(self, tensors, columns, out_dtype, capability):
+        """Tell whether the kernel serves inputs of `columns` a row and this output on a card of this capability."""
+        quantise = out_dtype == FP8
+        dtypes = [tensor.dtype for tensor in tensors] + [out_dtype or tensors[0].dtype] * (not quantise)
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return (
             not needs_gradient
             and all(dtype in self.dtypes for dtype in dtypes)
-            and all(tensor.device == x.device for tensor in weights)
-            and x.ndim <= self.max_axes
-            and x.shape[-1] <= self.max_columns
-            and capability >= self.min_capability
+            and all(tensor.device == tensors[0].device for tensor in tensors)
+            and tensors[0].ndim <= self.max_axes
+            and columns <= (self.max_fp8_columns if quantise else self.max_columns)
+            and capability >= (FP8_CAPABILITY if quantise else self.min_capability)
         )
 
 
 LIMITS = {
-    "rms_norm": Limits(dtypes=FLOATS, max_axes=4, max_columns=16384, min_capability=(8, 0)),
-    "swiglu7": Limits(dtypes=FLOATS, max_axes=4, max_columns=2**20, min_capability=(8, 0)),
+    "rms_norm": Limits(FLOATS, max_axes=4, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
+    "activation": Limits(FLOATS, max_axes=4, max_columns=2**20, max_fp8_columns=2**16, min_capability=(8, 0)),
+    "attention_inputs": Limits(FLOATS, max_axes=3, max_columns=16384, max_fp8_columns=0, min_capability=(8, 0)),
+    "gate_heads": Limits(FLOATS, max_axes=4, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
+    "renoise": Limits((torch.float32,), max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
 }
 
 
@@ -47,7 +54,7 @@ def triton_kernels():
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     try:
-        from . import rms_norm_triton, swiglu7_triton
+        from . import activation_triton, attention_inputs_triton, gate_heads_triton, renoise_triton, rms_norm_triton
 
         # Triton builds its launcher with a C compiler, which may be missing: that shows only when a kernel runs.
         rms_norm_triton.rms_norm(torch.ones(1, 16, device="cuda"), torch.zeros(16, device="cuda"))
@@ -55,30 +62,81 @@ def triton_kernels():
         reason = f"{type(error).__name__}: {error}"
         logging.warning(f"happyhorse-local: Triton does not work here ({reason}); torch runs its ops, more slowly")
         return None
-    return {"rms_norm": rms_norm_triton, "swiglu7": swiglu7_triton}
+    return {
+        "rms_norm": rms_norm_triton,
+        "activation": activation_triton,
+        "attention_inputs": attention_inputs_triton,
+        "gate_heads": gate_heads_triton,
+        "renoise": renoise_triton,
+    }
 
 
-def triton_kernel(op, x, out_dtype, *weights):
-    """Return the Triton module that serves `op` on these tensors; None on the CPU, beyond LIMITS or without Triton."""
-    if not x.is_cuda or not LIMITS[op].hold(x, weights, out_dtype, torch.cuda.get_device_capability(x.device)):
-        return None
+def backend(op, *tensors, columns=None, out_dtype=None):
+    """Return the Triton module that serves `op` on these tensors; `reference` on the CPU, beyond LIMITS or without it.
+
+    columns: of the rows that the kernel works on (default: those of the first tensor).
+    """
+    columns = tensors[0].shape[-1] if columns is None else columns
+    if not tensors[0].is_cuda:
+        return reference
+    if not LIMITS[op].hold(tensors, columns, out_dtype, torch.cuda.get_device_capability(tensors[0].device)):
+        return reference
     kernels = triton_kernels()
-    return kernels and kernels[op]
+    return kernels[op] if kernels else reference
 
 
 def rms_norm(x, weight, eps=1e-6, out_dtype=None):
     """See `reference.rms_norm`."""
-    backend = triton_kernel("rms_norm", x, out_dtype, weight) or reference
-    return backend.rms_norm(x, weight, eps, out_dtype)
+    return backend("rms_norm", x, weight, out_dtype=out_dtype).rms_norm(x, weight, eps, out_dtype)
 
 
 def rms_norm_spans(x, weight, spans, eps=1e-6, out_dtype=None):
     """See `reference.rms_norm_spans`; Triton serves at most three spans."""
-    backend = (len(spans) <= 3 and triton_kernel("rms_norm", x, out_dtype, weight)) or reference
-    return backend.rms_norm_spans(x, weight, spans, eps, out_dtype)
+    chosen = backend("rms_norm", x, weight, out_dtype=out_dtype) if len(spans) <= 3 else reference
+    return chosen.rms_norm_spans(x, weight, spans, eps, out_dtype)
+
+
+def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
+    """See `reference.add_rms_norm_spans`; Triton serves at most three spans."""
+    chosen = backend("rms_norm", x, delta, weight, out_dtype=out_dtype) if len(spans) <= 3 else reference
+    return chosen.add_rms_norm_spans(x, delta, weight, spans, eps, out_dtype)
 
 
 def swiglu7(x, out_dtype=None):
     """See `reference.swiglu7`."""
-    backend = triton_kernel("swiglu7", x, out_dtype) or reference
-    return backend.swiglu7(x, out_dtype)
+    return backend("activation", x, out_dtype=out_dtype).swiglu7(x, out_dtype)
+
+
+def gelu7(x, out_dtype=None):
+    """See `reference.gelu7`."""
+    return backend("activation", x, out_dtype=out_dtype).gelu7(x, out_dtype)
+
+
+def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):
+    """See `reference.attention_inputs`; Triton serves at most three spans."""
+    chosen = backend("attention_inputs", rows, q_weight, k_weight, sin_cos) if len(spans) <= 3 else reference
+    return chosen.attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps)
+
+
+def gate_heads(x, gate, out_dtype=None):
+    """See `reference.gate_heads`."""
+    chosen = backend("gate_heads", x, gate, columns=x.shape[1] * x.shape[3], out_dtype=out_dtype)
+    return chosen.gate_heads(x, gate, out_dtype)
+
+
+def renoise_step(x, velocity, noise, sigma, sigma_next):
+    """See `reference.renoise_step`; Triton serves float sigmas."""
+    floats = isinstance(sigma, float) and isinstance(sigma_next, float)
+    chosen = backend("renoise", x, velocity, noise) if floats else reference
+    return chosen.renoise_step(x, velocity, noise, sigma, sigma_next)
+
+
+def fp8_linear(x, weight, out_features, out_dtype=torch.bfloat16):
+    """See `reference.fp8_linear`; cards that multiply fp8 do so, older ones multiply the same values in bf16."""
+    if not x.values.is_cuda:
+        return reference.fp8_linear(x, weight, out_features, out_dtype)
+    if torch.version.hip is None and torch.cuda.get_device_capability(x.values.device) >= FP8_CAPABILITY:
+        return scaled_matmul(x, weight, out_features).to(out_dtype)
+    columns = x.values.shape[-1]
+    wide = dequantise_rows(weight, columns)[:out_features].bfloat16()
+    return F.linear(dequantise_rows(x, columns).bfloat16(), wide).to(out_dtype)

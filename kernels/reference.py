@@ -1,6 +1,17 @@
-"""Every op of the network in plain, differentiable torch with fp32 accumulation: the specification of the kernels."""
+"""Every op of the network in plain, differentiable torch with fp32 accumulation: the specification of the kernels.
+
+`out_dtype` is a float dtype, or `fp8.FP8`: then the result is `Fp8Rows`, scaled row by row over its last axis.
+"""
 
 import torch
+import torch.nn.functional as F
+
+from .fp8 import FP8, quantise_rows
+
+
+def narrowed(wide, out_dtype):
+    """Return fp32 results as `out_dtype`, or as Fp8Rows."""
+    return quantise_rows(wide) if out_dtype == FP8 else wide.to(out_dtype)
 
 
 def rms_norm(x, weight, eps=1e-6, out_dtype=None):
@@ -9,8 +20,8 @@ def rms_norm(x, weight, eps=1e-6, out_dtype=None):
     x [..., D], weight [D] (stored as an offset from 1); computed in fp32, returned as `out_dtype` (default: x's dtype).
     """
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.float() + 1)
-    return normed.to(out_dtype or x.dtype)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return narrowed((wide * inverse).mul_(weight.float() + 1), out_dtype or x.dtype)
 
 
 def rms_norm_spans(x, weight, spans, eps=1e-6, out_dtype=None):
@@ -18,8 +29,20 @@ def rms_norm_spans(x, weight, spans, eps=1e-6, out_dtype=None):
 
     x [B, N, ..., D], weight [E, D], spans: E lengths that sum to N; returned as `out_dtype` (default: x's dtype).
     """
-    parts = x.split(spans, dim=1)
-    return torch.cat([rms_norm(part, w, eps, out_dtype) for part, w in zip(parts, weight, strict=True)], dim=1)
+    parts = zip(x.split(spans, dim=1), weight, spans, strict=True)
+    out_dtype = out_dtype or x.dtype
+    part_dtype = torch.float32 if out_dtype == FP8 else out_dtype
+    normed = [rms_norm(part, row, eps, part_dtype) for part, row, length in parts if length]
+    return narrowed(normed[0] if len(normed) == 1 else torch.cat(normed, dim=1), out_dtype)
+
+
+def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
+    """Add to the residual stream and norm the sum: (x + delta, `rms_norm_spans` of it).
+
+    x [B, N, D] fp32, delta [B, N, D] any float dtype, weight [E, D]; the sum is fp32, the norm `out_dtype`.
+    """
+    total = x + delta
+    return total, rms_norm_spans(total, weight, spans, eps, out_dtype)
 
 
 def swiglu7(x, out_dtype=None):
@@ -28,15 +51,18 @@ def swiglu7(x, out_dtype=None):
     x [..., 2M] -> [..., M] as `out_dtype` (default: x's dtype); computed in fp32.
     """
     gate, linear = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    gate = gate.clamp(max=7)
-    linear = linear.clamp(-7, 7)
-    return (gate * torch.sigmoid(1.702 * gate) * (linear + 1)).to(out_dtype or x.dtype)
+    gated = sigmoid_gelu(gate.clamp(max=7)).mul_(linear.clamp(-7, 7).add_(1))
+    return narrowed(gated, out_dtype or x.dtype)
 
 
 def gelu7(x, out_dtype=None):
     """Sigmoid-approximated GELU, clamped at 7 from above: x [...] -> [...] as `out_dtype`; computed in fp32."""
-    wide = x.float().clamp(max=7)
-    return (wide * torch.sigmoid(1.702 * wide)).to(out_dtype or x.dtype)
+    return narrowed(sigmoid_gelu(x.float().clamp(max=7)), out_dtype or x.dtype)
+
+
+def sigmoid_gelu(wide):
+    """x * sigmoid(1.702 x), in fp32."""
+    return F.silu(1.702 * wide).mul_(1 / 1.702)
 
 
 def rotate(x, sin_cos):
@@ -46,14 +72,34 @@ def rotate(x, sin_cos):
     """
     half = sin_cos.shape[-1] // 2
     sin, cos = sin_cos[:, None, :half], sin_cos[:, None, half:]
-    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+    first, second, rest = x.float().tensor_split((half, 2 * half), dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
 
 
-def gate_heads(x, gate_logits):
-    """Scale every head by the sigmoid of its logit, in fp32: x [B, N, H, d], gate_logits [B, N, H] -> x's dtype."""
-    return (x.float() * torch.sigmoid(gate_logits.float()).unsqueeze(-1)).to(x.dtype)
+def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):
+    """Turn the rows of the fused projection into what attention reads: q and k normed head by head and rotated.
+
+    rows [B, N, (Hq + 2 Hkv) d + Hq] = queries, keys, values, one gate logit a query head; q_weight and k_weight [E, d]
+    with one row for each of the `spans`; sin_cos as `rotate`; heads = (Hq, Hkv). Returns contiguous q [B, Hq, N, d],
+    k and v [B, Hkv, N, d] in rows' dtype and the gate's sigmoid [B, N, Hq] fp32; computed in fp32.
+    """
+    (query_heads, key_heads), head_dim = heads, q_weight.shape[-1]
+    qk, v, gate = rows.split(((query_heads + key_heads) * head_dim, key_heads * head_dim, query_heads), dim=-1)
+    weight = torch.stack([q_weight] * query_heads + [k_weight] * key_heads, dim=1)  # [E, Hq + Hkv, d]
+    normed = rms_norm_spans(qk.unflatten(-1, (-1, head_dim)), weight, spans, eps, torch.float32)
+    q, k = rotate(normed, sin_cos).to(rows.dtype).split(heads, dim=2)
+    q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v.unflatten(-1, (-1, head_dim))))
+    return q, k, v, torch.sigmoid(gate.float())
+
+
+def gate_heads(x, gate, out_dtype=None):
+    """Scale every head by its gate and lay the heads side by side, in fp32.
+
+    x [B, H, N, d], gate [B, N, H] in [0, 1] -> [B, N, H*d] as `out_dtype` (default: x's dtype).
+    """
+    gated = x.transpose(1, 2).float() * gate.float().unsqueeze(-1)
+    return narrowed(gated.flatten(2), out_dtype or x.dtype)
 
 
 def renoise_step(x, velocity, noise, sigma, sigma_next):
@@ -63,3 +109,12 @@ def renoise_step(x, velocity, noise, sigma, sigma_next):
     """
     denoised = x - sigma * velocity
     return sigma_next * noise + (1 - sigma_next) * denoised
+
+
+def fp8_linear(x, weight, out_features, out_dtype):
+    """Multiply quantised rows by a quantised weight: x Fp8Rows of [..., I], weight Fp8Rows of [O, I] -> [..., O].
+
+    `out_features` is O: the weight's rows may be padded to a multiple of 16. Sums in fp32, returned as `out_dtype`.
+    """
+    out = F.linear(x.values.float(), weight.values[:out_features].float())
+    return (out * x.scale * weight.scale[:out_features, 0]).to(out_dtype)

@@ -2,15 +2,50 @@
 
 Tokens travel as x [B, N, D] in the order video, audio, text; `layout.spans` are the three lengths. The residual stream
 is fp32, matmuls and attention run in the linears' dtype, norms, rotation, gate and activation in fp32.
+
+Long sequences pass the linears in pieces, so that no wide row exists for every token at once. A 1080p clip has N =
+65,706 tokens: x takes 1.35 GB, one bf16 [N, D] 0.67, q, k and v together 0.94; an unsplit MLP would take 5.4 more (up
+3.6, activation 1.8), a piece of 4,096 tokens takes 0.34. Peaks in GB, with the layer's input, which the caller holds:
+x 1.35 + q, k, v in pieces and whole 1.89 = 3.2; x 1.35 + q, k, v 0.94 + attention's output 0.67, and twice its
+projection 1.35 = 4.3 (a local layer joins its blocks first: less); sum and norm: x 1.35 + change 0.67 + sum 1.35 +
+normed 0.67 = 4.0 (in torch, with one fp32 temporary, 5.4); MLP: input and sum 2.69 + normed 0.67 + output in pieces
+and whole 1.35 + one piece 0.34 = 5.1; then input, sum and new sum 4.04 + normed and output 1.35 = 5.4, the highest.
 """
+
+import math
 
 import torch
 from torch import nn
 
-from ..kernels import gate_heads, gelu7, rms_norm, rms_norm_spans, rotate, swiglu7
+from ..kernels import FP8, add_rms_norm_spans, attention_inputs, gate_heads, gelu7, rms_norm, rms_norm_spans, swiglu7
+from . import fp8_linear
 from .attention import local_attention
 
 MODALITIES = ("video", "audio", "text")
+PIECE = 4096  # tokens that pass the linears at a time, at most: every clip of 256p is whole
+
+
+def cut(spans, experts):
+    """Cut a sequence into pieces of at most PIECE tokens; where there are experts, none holds tokens of two of them.
+
+    Returns for every piece the lengths of its spans, one for each expert, all but one of them 0.
+    """
+    pieces = []
+    for expert, span in enumerate(spans if experts > 1 else (sum(spans),)):
+        count = math.ceil(span / PIECE)
+        lengths = (span * (i + 1) // count - span * i // count for i in range(count))
+        pieces += [tuple(length if i == expert else 0 for i in range(experts)) for length in lengths]
+    return pieces
+
+
+def split(x, pieces, dim=1):
+    """Split x along its tokens into the pieces that `cut` gave."""
+    return x.split([sum(piece) for piece in pieces], dim)
+
+
+def join(parts, dim=1):
+    """Concatenate; a single part is returned as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class RMSNorm(nn.Module):
@@ -25,12 +60,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(experts * size, dtype=torch.float32, device=device))
 
+    def rows(self, device):
+        """Return the weight as [experts, size]."""
+        return self.weight.to(device).view(self.experts, -1)
+
     def forward(self, x, spans=None, out_dtype=None):
         """Normalise x [B, N, ..., size]; `spans` are needed where there is more than one expert."""
-        weight = self.weight.to(x.device)
         if self.experts == 1:
-            return rms_norm(x, weight, self.eps, out_dtype)
-        return rms_norm_spans(x, weight.view(self.experts, -1), spans, self.eps, out_dtype)
+            return rms_norm(x, self.weight.to(x.device), self.eps, out_dtype)
+        return rms_norm_spans(x, self.rows(x.device), spans, self.eps, out_dtype)
+
+    def of_sum(self, x, delta, spans, out_dtype):
+        """Return x + delta and its norm: x [B, N, size] fp32, spans as `forward`."""
+        spans = spans if self.experts > 1 else (x.shape[1],)
+        return add_rms_norm_spans(x, delta, self.rows(x.device), spans, self.eps, out_dtype)
 
 
 class ExpertLinear(nn.Module):
@@ -42,9 +85,14 @@ class ExpertLinear(nn.Module):
             setattr(self, modality, operations.Linear(in_features, out_features, bias=False, **factory))
 
     def forward(self, x, spans):
-        """x [B, N, in_features] -> [B, N, out_features]."""
-        parts = x.split(spans, dim=1)
-        return torch.cat([getattr(self, m)(part) for m, part in zip(MODALITIES, parts, strict=True)], dim=1)
+        """x [B, N, in_features] -> [B, N, out_features]; no copy where all tokens are of one span."""
+        parts = zip(MODALITIES, x.split(spans, dim=1), spans, strict=True)
+        return join([project(getattr(self, modality), part, spans) for modality, part, length in parts if length])
+
+
+def input_dtype(operations, dtype):
+    """Return what the linears read: quantised rows where they are fp8 linears of ours, else their weights' dtype."""
+    return FP8 if operations is fp8_linear else dtype
 
 
 def linear(in_features, out_features, experts, *, operations, **factory):
@@ -56,7 +104,9 @@ def linear(in_features, out_features, experts, *, operations, **factory):
 
 def project(layer, x, spans):
     """Run a layer made by `linear` on x [B, N, C]."""
-    return layer(x, spans) if isinstance(layer, ExpertLinear) else layer(x)
+    if isinstance(layer, ExpertLinear):
+        return layer(x, spans)
+    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # torch takes slices of a sequence for many small matmuls
 
 
 class Attention(nn.Module):
@@ -64,55 +114,59 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer, *, operations, dtype, device):
         super().__init__()
-        experts = len(MODALITIES) if layer in config.expert_layers else 1
-        width, groups = config.hidden_size, config.num_query_groups
-        self.dtype = dtype
-        self.head_dim = config.head_dim
-        self.rows = (width, groups * config.head_dim, groups * config.head_dim, config.num_heads)
+        self.experts = len(MODALITIES) if layer in config.expert_layers else 1
+        self.dtype = input_dtype(operations, dtype)
+        self.heads = (config.num_heads, config.num_query_groups)
         self.radius = config.frame_receptive_field if layer in config.local_attention_layers else None
+        width, head_dim = config.hidden_size, config.head_dim
+        rows = width + 2 * config.num_query_groups * head_dim + config.num_heads
         factory = {"operations": operations, "dtype": dtype, "device": device}
-        self.pre_norm = RMSNorm(width, experts, device=device)
-        self.linear_qkv = linear(width, sum(self.rows), experts, **factory)
-        self.q_norm = RMSNorm(config.head_dim, experts, device=device)
-        self.k_norm = RMSNorm(config.head_dim, experts, device=device)
-        self.linear_proj = linear(width, width, experts, **factory)
+        self.pre_norm = RMSNorm(width, self.experts, device=device)
+        self.linear_qkv = linear(width, rows, self.experts, **factory)
+        self.q_norm = RMSNorm(head_dim, self.experts, device=device)
+        self.k_norm = RMSNorm(head_dim, self.experts, device=device)
+        self.linear_proj = linear(width, width, self.experts, **factory)
 
     def forward(self, x, layout, rotary, attend):
         """x [B, N, D] fp32 -> what to add to it, [B, N, D] in the linears' dtype."""
-        spans = layout.spans
-        qkvg = project(self.linear_qkv, self.pre_norm(x, spans, self.dtype), spans)
-        *qkv, gate_logits = qkvg.split(self.rows, dim=-1)
-        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in qkv)
-        q = rotate(self.q_norm(q, spans, torch.float32), rotary).to(v.dtype)
-        k = rotate(self.k_norm(k, spans, torch.float32), rotary).to(v.dtype)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        if self.radius is None:
-            out = attend(q, k, v)
-        else:
-            out = local_attention(q, k, v, layout, self.radius, attend)
-        out = gate_heads(out.transpose(1, 2), gate_logits).flatten(2)
-        return project(self.linear_proj, out, spans)
+        pieces = cut(layout.spans, self.experts)
+        parts = [self.inputs(*part) for part in zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)]
+        q, k, v, gate = (join(part, dim) for part, dim in zip(zip(*parts, strict=True), (2, 2, 2, 1), strict=True))
+        out = attend(q, k, v) if self.radius is None else local_attention(q, k, v, layout, self.radius, attend)
+        gated = zip(split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
+        return join([project(self.linear_proj, gate_heads(o, g, self.dtype), spans) for o, g, spans in gated])
+
+    def inputs(self, x, spans, rotary):
+        """Return q, k, v and gate of one piece, see `attention_inputs`."""
+        rows = project(self.linear_qkv, self.pre_norm(x, spans, self.dtype), spans)
+        q_weight, k_weight = self.q_norm.rows(x.device), self.k_norm.rows(x.device)
+        return attention_inputs(rows, q_weight, k_weight, spans, rotary, self.heads, self.q_norm.eps)
 
 
 class MLP(nn.Module):
-    """Norm, up, activation, down: gelu7 at 4x width in the layers the configuration names, swiglu7 elsewhere."""
+    """Up, activation, down: gelu7 at 4x width in the layers the configuration names, swiglu7 elsewhere."""
 
     def __init__(self, config, layer, *, operations, dtype, device):
         super().__init__()
-        experts = len(MODALITIES) if layer in config.expert_layers else 1
+        self.experts = len(MODALITIES) if layer in config.expert_layers else 1
         width, inner = config.hidden_size, config.mlp_width(layer)
-        self.dtype = dtype
-        self.gated = layer not in config.gelu7_layers
+        self.dtype = input_dtype(operations, dtype)
+        gated = layer not in config.gelu7_layers
+        self.activation = swiglu7 if gated else gelu7
         factory = {"operations": operations, "dtype": dtype, "device": device}
-        self.pre_norm = RMSNorm(width, experts, device=device)
-        self.up_gate_proj = linear(width, 2 * inner if self.gated else inner, experts, **factory)
-        self.down_proj = linear(inner, width, experts, **factory)
+        self.pre_norm = RMSNorm(width, self.experts, device=device)
+        self.up_gate_proj = linear(width, 2 * inner if gated else inner, self.experts, **factory)
+        self.down_proj = linear(inner, width, self.experts, **factory)
 
-    def forward(self, x, layout):
-        """x [B, N, D] fp32 -> what to add to it, [B, N, D] in the linears' dtype."""
-        spans = layout.spans
-        up = project(self.up_gate_proj, self.pre_norm(x, spans, self.dtype), spans)
-        return project(self.down_proj, swiglu7(up) if self.gated else gelu7(up), spans)
+    def forward(self, normed, layout):
+        """Normed x [B, N, D] as the linears read it -> what to add to x, [B, N, D]."""
+        pieces = cut(layout.spans, self.experts)
+        return join([self.piece(*part) for part in zip(split(normed, pieces), pieces, strict=True)])
+
+    def piece(self, normed, spans):
+        """Run one piece of the sequence."""
+        up = project(self.up_gate_proj, normed, spans)
+        return project(self.down_proj, self.activation(up, self.dtype), spans)
 
 
 class Layer(nn.Module):
@@ -125,8 +179,8 @@ class Layer(nn.Module):
 
     def forward(self, x, layout, rotary, attend):
         """x [B, N, D] fp32 -> the same; rotary [N, 6*(head_dim//8)] fp32; attend(q, k, v) as `grouped_attention`."""
-        x = x + self.attention(x, layout, rotary, attend)
-        return x + self.mlp(x, layout)
+        x, normed = self.mlp.pre_norm.of_sum(x, self.attention(x, layout, rotary, attend), layout.spans, self.mlp.dtype)
+        return x + self.mlp(normed, layout)
 
 
 class Adapter(nn.Module):

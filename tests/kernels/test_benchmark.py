@@ -1,18 +1,34 @@
-"""The benchmark runs on any machine and writes what it prints."""
+"""The benchmark runs on any machine and writes what it prints; its floors are the specification's arithmetic."""
 
 import pytest
 import torch
-from pack.benchmarks import run
+from pack.benchmarks import attention_rows, growth, measure, run, stages
+from pack.model_loader.tokens import TokenLayout
 
 
-def test_the_table_of_a_processor(tmp_path, capsys):
+def test_every_table_of_a_processor(tmp_path, capsys):
     path = run.main(["--cpu", "--out", str(tmp_path)])
     lines = path.read_text().splitlines()
-    assert capsys.readouterr().out.splitlines()[:-1] == lines and "GB/s" in lines[0]
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    assert cells[0][0] == "op" and {row[0] for row in cells[2:]} == {"rms_norm_spans", "swiglu7"}
-    for row in cells[2:]:
-        assert len(row) == len(cells[0]) and row[3] == "-" and float(row[4]) > 0
+    assert capsys.readouterr().out.splitlines()[:-1] == lines and "GB/s" in lines[2]
+    assert [line[3:] for line in lines if line.startswith("## ")] == list(run.PARTS)
+    assert "failed" not in path.read_text()
+    widths = {}
+    for line in lines:
+        cells = line.strip("| ").split(" | ")
+        if line.startswith("|---"):
+            continue
+        if line.startswith("|"):
+            assert len(cells) == widths.setdefault("now", len(cells))
+        else:
+            widths.clear()
+    ops = {line.split(" | ")[0][2:] for line in lines if line.startswith("| ")}
+    assert {"swiglu7 to fp8", "attention_inputs bf16", "renoise_step fp32", "down", "8 steps", "TurboVAED"} <= ops
+
+
+def test_one_part_has_a_file_of_its_own(tmp_path):
+    path = run.main(["--cpu", "--only", "attention", "--out", str(tmp_path)])
+    assert path.name.startswith("attention-") and "## attention" in path.read_text()
+    assert "## kernels" not in path.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows a machine without a GPU")
@@ -20,3 +36,33 @@ def test_no_gpu_says_what_to_do(capsys):
     with pytest.raises(SystemExit):
         run.main([])
     assert "give --cpu" in capsys.readouterr().err
+
+
+def test_a_row_that_fails_costs_only_itself():
+    def out_of_memory():
+        raise RuntimeError("no more\nsecond line")
+
+    assert measure.row_or_fault(("op", "1080p"), out_of_memory) == "| op | 1080p | failed: RuntimeError: no more |"
+
+
+@pytest.mark.parametrize(
+    ("size", "petaflop", "of_attention"), [("256p", 0.81, None), ("540p", 2.98, None), ("1080p", 19.1, 12.0)]
+)
+def test_floors_are_the_specifications_arithmetic(size, petaflop, of_attention):
+    config, steps = stages.STEPS[size]
+    parts = [stages.layer_operations(config, layer, attention_rows.CLIPS[size]) for layer in range(40)]
+    assert sum(map(sum, parts)) * steps / 1e15 == pytest.approx(petaflop, rel=0.01)
+    if of_attention:
+        assert sum(attention for _, attention in parts) * steps / 1e15 == pytest.approx(of_attention, rel=0.01)
+
+
+def test_scores_count_what_local_attention_sees():
+    layout, radius = TokenLayout(frames=5, rows=2, columns=3, audio=4, text=2), 1
+    frame = torch.arange(30) // 6
+    near = ((frame[:, None] - frame[None]).abs() <= radius).sum().item()
+    assert attention_rows.scores(layout, radius) == near + 30 * 6 + 6 * 36
+    assert attention_rows.scores(layout) == 36 * 36
+
+
+def test_exponent_of_a_power():
+    assert growth.exponent([1, 2, 5, 9], [3 * size**1.7 for size in (1, 2, 5, 9)]) == pytest.approx(1.7)

@@ -5,33 +5,42 @@ import logging
 import pytest
 import torch
 from pack import kernels
-from pack.kernels import dispatch, reference
+from pack.kernels import FP8, dispatch, fp8_linear, quantise_rows, reference
+from pack.kernels.fp8 import dequantise_rows, quantise_weight, scaled_matmul
 
 X = torch.randn(2, 5, 48)
 WEIGHT = torch.randn(3, 48)
 HOPPER = (9, 0)
 
 
-def hold(x=X, weights=(WEIGHT,), out_dtype=None, capability=HOPPER):
-    return dispatch.LIMITS["rms_norm"].hold(x, weights, out_dtype, capability)
+def hold(x=X, weight=WEIGHT, columns=48, out_dtype=None, capability=HOPPER):
+    return dispatch.LIMITS["rms_norm"].hold((x, weight), columns, out_dtype, capability)
 
 
 def test_limits():
     assert hold() and hold(out_dtype=torch.bfloat16) and hold(X.bfloat16())
     assert not hold(X.double())
-    assert not hold(weights=(WEIGHT.double(),))
+    assert not hold(weight=WEIGHT.double())
     assert not hold(out_dtype=torch.float64)
     assert not hold(X[None, None])  # five axes
-    assert not hold(torch.empty(1, 1, 16385))
-    assert not hold(weights=(WEIGHT.to("meta"),))
+    assert hold(columns=16384) and not hold(columns=16385)
+    assert not hold(weight=WEIGHT.to("meta"))
     assert not hold(capability=(7, 5))
+
+
+def test_fp8_rows_want_a_card_that_multiplies_them():
+    assert hold(out_dtype=FP8) and hold(out_dtype=FP8, capability=(8, 9))
+    assert hold(capability=(8, 6)) and not hold(out_dtype=FP8, capability=(8, 6))
+    limits = dispatch.LIMITS["activation"]
+    assert limits.hold((X,), 2**16, FP8, HOPPER) and limits.hold((X,), 2**16 + 2, torch.bfloat16, HOPPER)
+    assert not limits.hold((X,), 2**16 + 2, FP8, HOPPER)
 
 
 def test_gradients_go_through_the_reference():
     trained = WEIGHT.clone().requires_grad_()
-    assert not hold(weights=(trained,))
+    assert not hold(weight=trained)
     with torch.no_grad():
-        assert hold(weights=(trained,))
+        assert hold(weight=trained)
 
 
 def test_cpu_tensors_give_the_reference_result_and_gradient():
@@ -57,8 +66,33 @@ def test_a_machine_where_triton_fails_says_so_once_and_goes_on(monkeypatch, capl
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_gets_triton_inside_the_limits_only():
     x, weight = X.cuda(), WEIGHT.cuda()
-    assert dispatch.triton_kernel("rms_norm", x, None, weight).__name__.endswith("rms_norm_triton")
-    assert dispatch.triton_kernel("swiglu7", x, torch.bfloat16).__name__.endswith("swiglu7_triton")
-    assert dispatch.triton_kernel("rms_norm", x.double(), None, weight) is None
+    assert dispatch.backend("rms_norm", x, weight).__name__.endswith("rms_norm_triton")
+    assert dispatch.backend("activation", x, out_dtype=torch.bfloat16).__name__.endswith("activation_triton")
+    assert dispatch.backend("rms_norm", x.double(), weight) is reference
+    assert dispatch.backend("activation", x, columns=2**20 + 1) is reference
     four_spans = kernels.rms_norm_spans(x, weight[[0, 1, 2, 0]], (1, 1, 1, 2))
     torch.testing.assert_close(four_spans.cpu(), reference.rms_norm_spans(X, WEIGHT[[0, 1, 2, 0]], (1, 1, 1, 2)))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (13652, 24), (20, 7208)])
+def test_fp8_linear_pads_what_the_matmul_cannot_take(inputs, outputs):
+    """The padded fp8 matmul (torch has one for the CPU too) and the reference, against the same numbers in fp32."""
+    random = torch.Generator().manual_seed(inputs)
+    x = quantise_rows(torch.randn(2, 5, inputs, generator=random) * torch.tensor([1.0, 300.0])[:, None, None])
+    weight = quantise_weight(torch.randn(outputs, inputs, generator=random))
+    assert all(size % 16 == 0 for size in weight.values.shape) and not weight.values[outputs:].float().any()
+    wanted = dequantise_rows(x, inputs) @ dequantise_rows(weight, inputs)[:outputs].T
+    for found in (fp8_linear(x, weight, outputs), scaled_matmul(x, weight, outputs)):
+        assert found.shape == (2, 5, outputs) and found.dtype == torch.bfloat16
+        assert (found.float() - wanted).norm() < 4e-3 * wanted.norm()  # one rounding to bf16
+
+
+def test_quantised_rows_keep_e4m3s_precision_at_every_magnitude():
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-8, 1.0, 1e8])[:, None]
+    rows = quantise_rows(torch.cat([x, torch.zeros(1, 40)]))
+    assert rows.values.shape == (4, 48) and rows.values.float().abs().amax(1).tolist() == [448, 448, 448, 0]
+    assert not rows.values[:, 40:].float().any()
+    error = dequantise_rows(rows, 40)[:3] - x
+    assert (error.abs() <= x.abs() * 2**-4 + x.abs().amax(1, keepdim=True) * 2**-10 / 448).all()
+    first, second = rows.split((1, 3), 0)
+    assert torch.equal(second.values.float(), rows.values[1:].float()) and torch.equal(first.scale, rows.scale[:1])

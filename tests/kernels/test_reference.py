@@ -68,10 +68,39 @@ def test_rotate_turns_pairs_and_leaves_the_last_quarter(x):
     assert torch.equal(turned[..., 12:], x[..., 12:])
 
 
-def test_gate_heads_is_one_scalar_a_head(x):
-    logits = torch.randn(2, 7, 3)
-    close(reference.gate_heads(x, logits), x.double() / (1 + torch.exp(-logits.double()))[..., None])
-    assert reference.gate_heads(x.bfloat16(), logits).dtype == torch.bfloat16
+def test_gate_heads_is_one_scalar_a_head_and_lays_heads_side_by_side(x):
+    heads, gate = x.transpose(1, 2), torch.rand(2, 7, 3)
+    close(reference.gate_heads(heads, gate), (x.double() * gate.double()[..., None]).reshape(2, 7, 48))
+    assert reference.gate_heads(heads.bfloat16(), gate).dtype == torch.bfloat16
+
+
+def test_add_rms_norm_spans_norms_the_sum(x):
+    x, weight = x.flatten(2), torch.randn(3, 48)
+    delta = torch.randn(2, 7, 48).bfloat16()
+    total, normed = reference.add_rms_norm_spans(x, delta, weight, (4, 1, 2), out_dtype=torch.bfloat16)
+    close(total, x.double() + delta.double())
+    gain = torch.repeat_interleave(weight.double() + 1, torch.tensor([4, 1, 2]), dim=0)
+    sums = x.double() + delta.double()
+    close(normed, sums / (sums.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain, torch.bfloat16)
+
+
+@pytest.mark.parametrize("spans", [(4, 1, 2), (7,)])
+def test_attention_inputs_norm_then_turn_queries_and_keys_head_by_head(spans):
+    random = torch.Generator().manual_seed(2)
+    rows = torch.randn(2, 7, (3 + 2) * 16 + 3, generator=random) * 4  # three query heads, one key head
+    q_weight, k_weight = torch.randn(2, len(spans), 16, generator=random)
+    angles = torch.randn(7, 6, generator=random)
+    sin_cos = torch.cat([angles.sin(), angles.cos()], dim=1)
+    q, k, v, gate = reference.attention_inputs(rows, q_weight, k_weight, spans, sin_cos, (3, 1))
+    expert = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(spans))
+    for head, weight, column in ((q[:, 0], q_weight, 0), (q[:, 2], q_weight, 32), (k[:, 0], k_weight, 48)):
+        wide = rows[..., column : column + 16].double()
+        normed = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double()[expert])
+        turned = torch.complex(normed[..., :6], normed[..., 6:12]) * torch.exp(1j * angles.double())
+        close(head, torch.cat([turned.real, turned.imag, normed[..., 12:]], dim=-1))
+    assert torch.equal(v[:, 0], rows[..., 64:80])
+    close(gate, 1 / (1 + torch.exp(-rows[..., 80:].double())))
+    assert all(part.is_contiguous() for part in (q, k, v, gate))
 
 
 def test_renoise_step_ends_clean():
@@ -90,7 +119,7 @@ def test_ops_are_differentiable(op):
     second = {
         "rms_norm": torch.randn(8, generator=random, dtype=torch.float64, requires_grad=True),
         "rotate": torch.randn(3, 6, generator=random, dtype=torch.float64),
-        "gate_heads": torch.randn(1, 3, 2, generator=random, dtype=torch.float64, requires_grad=True),
+        "gate_heads": torch.randn(1, 2, 3, generator=random, dtype=torch.float64, requires_grad=True),
     }.get(op)
     function = getattr(reference, op)
     result = function(x) if second is None else function(x, second)

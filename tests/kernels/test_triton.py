@@ -12,7 +12,8 @@ triton = pytest.importorskip("triton")
 
 BACKENDS = Path(__file__).with_name("backends.py")
 CARDS = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100}
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
+OUTPUTS = {"bf16": "*bf16", "fp32": "*fp32", "fp8": "*fp8e4nv"}
+BF16, FP32 = OUTPUTS["bf16"], OUTPUTS["fp32"]
 
 
 @pytest.mark.parametrize(
@@ -36,26 +37,68 @@ def compiled(kernel, pointers, constants, floats=(), *, capability, **options):
     return triton.compile(source, target=target, options=options)
 
 
-@pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize(("read", "written"), [("fp32", "bf16"), ("bf16", "bf16")])
-@pytest.mark.parametrize("kernel", ["rms_norm of 5120", "rms_norm of heads", "swiglu7"])
-def test_kernels_compile_ahead_of_time(kernel, read, written, card, tmp_path, monkeypatch):
-    from pack.kernels import rms_norm_triton, swiglu7_triton
+def rms_norm(out, add, block_rows, block_columns):
+    from pack.kernels.rms_norm_triton import rms_norm_kernel
 
+    read = FP32 if block_columns == 8192 else BF16
+    pointers = {"x": read, "delta": BF16, "total": FP32, "weight": FP32, "out": OUTPUTS[out], "scale": FP32}
+    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+    return rms_norm_kernel, pointers, {"ADD": add, "QUANTISE": out == "fp8", **blocks}, ["eps"], 8
+
+
+def activation(out, gated):
+    from pack.kernels.activation_triton import BLOCK_COLUMNS, activation_kernel
+
+    quantise = out == "fp8"
+    block = BLOCK_COLUMNS if not quantise else 16384 if gated else 32768
+    constants = {"GATED": gated, "QUANTISE": quantise, "BLOCK_COLUMNS": block}
+    return activation_kernel, {"x": BF16, "out": OUTPUTS[out], "scale": FP32}, constants, [], 16 if quantise else 4
+
+
+def attention_inputs(out):
+    from pack.kernels.attention_inputs_triton import attention_inputs_kernel
+
+    pointers = {name: OUTPUTS[out] for name in ("rows", "q", "k", "v")}
+    pointers |= {name: FP32 for name in ("q_weight", "k_weight", "sin_cos", "gate")}
+    constants = {"QUERY_HEADS": 40, "KEY_HEADS": 8, "HEAD_DIM": 128, "HALF": 48, "BLOCK_QUERY_HEADS": 64}
+    constants |= {"BLOCK_KEY_HEADS": 8, "BLOCK_DIM": 128, "BLOCK_HALF": 64, "BLOCK_REST": 32}
+    return attention_inputs_kernel, pointers, constants, ["eps"], 8
+
+
+def gate_heads(out):
+    from pack.kernels.gate_heads_triton import gate_heads_kernel
+
+    constants = {"HEAD_DIM": 128, "QUANTISE": out == "fp8", "BLOCK_COLUMNS": 8192}
+    pointers = {"x": BF16, "gate": FP32, "out": OUTPUTS[out], "scale": FP32}
+    return gate_heads_kernel, pointers, constants, [], 8
+
+
+def renoise(out):
+    from pack.kernels.renoise_triton import BLOCK, renoise_kernel
+
+    pointers = {name: FP32 for name in ("x", "velocity", "noise", "out")}
+    return renoise_kernel, pointers, {"BLOCK": BLOCK}, ["sigma", "sigma_next", "clean"], 4
+
+
+KERNELS = {
+    "rms_norm of 5120": (lambda out: rms_norm(out, False, 1, 8192), OUTPUTS),
+    "rms_norm of heads": (lambda out: rms_norm(out, False, 64, 128), OUTPUTS),
+    "add_rms_norm": (lambda out: rms_norm(out, True, 1, 8192), OUTPUTS),
+    "swiglu7": (lambda out: activation(out, True), OUTPUTS),
+    "gelu7": (lambda out: activation(out, False), OUTPUTS),
+    "attention_inputs": (attention_inputs, ["bf16", "fp32"]),
+    "gate_heads": (gate_heads, OUTPUTS),
+    "renoise": (renoise, ["fp32"]),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(("name", "out"), [(name, out) for name, (_, outputs) in KERNELS.items() for out in outputs])
+def test_kernels_compile_ahead_of_time(name, out, card, tmp_path, monkeypatch):
+    if out == "fp8" and CARDS[card] < 89:
+        pytest.skip("the card has no fp8; dispatch.FP8_CAPABILITY keeps it from being asked")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers = {"x": POINTERS[read], "out": POINTERS[written]}
-    if kernel == "swiglu7":
-        constants = {"BLOCK_COLUMNS": swiglu7_triton.BLOCK_COLUMNS}
-        result = compiled(swiglu7_triton.swiglu7_kernel, pointers, constants, capability=CARDS[card], num_warps=4)
-    else:
-        blocks = (1, 8192) if kernel == "rms_norm of 5120" else (64, 128)
-        result = compiled(
-            rms_norm_triton.rms_norm_kernel,
-            {**pointers, "weight": "*fp32"},
-            dict(zip(("BLOCK_ROWS", "BLOCK_COLUMNS"), blocks, strict=True)),
-            floats=["eps"],
-            capability=CARDS[card],
-            num_warps=8,
-        )
+    kernel, pointers, constants, floats, warps = KERNELS[name][0](out)
+    result = compiled(kernel, pointers, constants, floats, capability=CARDS[card], num_warps=warps)
     assert f".target {card}" in result.asm["ptx"]
     assert len(result.asm["cubin"]) > 1000

@@ -1,11 +1,15 @@
 """The transformer as a whole: batches, experts, dtypes, gradients, refusals. Exactness is test_golden's."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from pack.model_loader import dit_layers
 from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
+from pack.model_loader.fp8_linear import with_fp8_linears
+from pack.model_loader.load import load_dit
 
 
 @pytest.mark.parametrize("network", ["dit", "sr_dit"])
@@ -66,6 +70,37 @@ def test_local_layers_are_the_ones_the_configuration_names(sr_dit, clip):
     torch.testing.assert_close(everywhere(*clip)[0], nowhere(*clip)[0])
     assert (sr_dit(*clip)[0] - nowhere(*clip)[0]).abs().max() > 1e-2
     assert [layer.attention.radius for layer in sr_dit.block.layers] == [1, 1, 1, None]
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_pieces_hold_at_most_so_many_tokens_of_one_expert(monkeypatch, experts):
+    monkeypatch.setattr(dit_layers, "PIECE", 10)
+    pieces = dit_layers.cut((25, 0, 4), experts)
+    assert [sum(piece) for piece in pieces] == ([9, 10, 10] if experts == 1 else [8, 8, 9, 4])
+    assert all(len(piece) == experts and sum(length > 0 for length in piece) == 1 for piece in pieces)
+    assert experts == 1 or [piece[2] for piece in pieces] == [0, 0, 0, 4]
+
+
+@pytest.mark.parametrize("name", ["dit", "sr_dit"])
+@torch.no_grad()
+def test_pieces_change_no_bit(name, clip, request, monkeypatch):
+    network = request.getfixturevalue(name)
+    whole = network(*clip)
+    for piece in (32, 48):
+        monkeypatch.setattr(dit_layers, "PIECE", piece)
+        assert all(torch.equal(a, b) for a, b in zip(network(*clip), whole, strict=True))
+
+
+@torch.no_grad()
+def test_fp8_linears_stay_near_nano_in_bf16():
+    """The bar of fp8 against bf16: a relative RMS below 4 % of a forward."""
+    nano = load_dit(Path(__file__).parents[2] / "nano" / "weights" / "nano_dit.safetensors")
+    narrow = with_fp8_linears(nano)
+    assert narrow.block.layers[1].attention.linear_qkv.weight.dtype == torch.float8_e4m3fn
+    random = torch.Generator().manual_seed(0)
+    clip = [torch.randn(shape, generator=random) for shape in ((1, 48, 5, 6, 6), (1, 17, 64), (1, 9, 96))]
+    for found, wanted in zip(narrow(*clip), nano(*clip), strict=True):
+        assert 0 < (found - wanted).norm() / wanted.norm() < 4e-2
 
 
 @torch.no_grad()

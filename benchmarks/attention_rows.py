@@ -1,0 +1,109 @@
+"""Attention's part of the table: full and local attention by every way torch offers, at the full network's heads."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..model_loader.attention import frame_windows, grouped_attention, local_attention
+from ..model_loader.config import SR_1080P
+from ..model_loader.tokens import TokenLayout
+from .measure import cell, head, milliseconds, row_or_fault
+
+RADIUS = SR_1080P.frame_receptive_field
+HEADS, KEY_HEADS, HEAD_DIM = SR_1080P.num_heads, SR_1080P.num_query_groups, SR_1080P.head_dim
+
+
+def scores(layout, radius=None):
+    """Return how many pairs of query and key attention visits: all, or those that local attention allows."""
+    total = sum(layout.spans)
+    if radius is None:
+        return total**2
+    rest = total - layout.video
+    near = sum(last - first for first, last in frame_windows(layout.frames, radius)) * layout.frame**2
+    return near + layout.video * rest + rest * total
+
+
+def operations(layout, heads=HEADS, head_dim=HEAD_DIM, radius=None):
+    """Return the floating-point operations of one layer's attention."""
+    return 4 * heads * head_dim * scores(layout, radius)
+
+
+def folded(q, k, v):
+    """Full attention with the queries of a group side by side in one head."""
+    return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v).view(q.shape)
+
+
+def by(backend):
+    """Return full attention by one of torch's backends."""
+
+    def attend(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return attend
+
+
+def flex(layout, radius, device):
+    """Return local attention by FlexAttention, which skips the blocks that the mask leaves empty."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    frame, video, total = layout.frame, layout.video, sum(layout.spans)
+
+    def may_see(batch, h, query, key):
+        return (query >= video) | (key >= video) | ((query // frame - key // frame).abs() <= radius)
+
+    mask = create_block_mask(may_see, None, None, total, total, device=device, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def table(device, rates, sizes):
+    """Yield the lines: sizes {name: (TokenLayout, whether the local layers' attention is measured)}."""
+    yield from head("attention", "size", "ms", "floor ms", "floor/time", "max difference from ours")
+    for size, (layout, local) in sizes.items():
+        q, k, v = (
+            torch.randn(1, count, sum(layout.spans), HEAD_DIM, device=device, dtype=torch.bfloat16)
+            for count in (HEADS, KEY_HEADS, KEY_HEADS)
+        )
+        ways = {"ours": lambda: grouped_attention}
+        if device.type == "cuda":
+            ways |= {"group in one head": lambda: folded, "flash": lambda: by(SDPBackend.FLASH_ATTENTION)}
+            ways |= {"cuDNN": lambda: by(SDPBackend.CUDNN_ATTENTION)}
+        yield from compared(f"full, {size}", ways, (q, k, v), device, rates.floor(operations=operations(layout)))
+        if local:
+            ways = {"ours, frame by frame": lambda at=layout: partial(local_attention, layout=at, radius=RADIUS)}
+            if device.type == "cuda":
+                ways["FlexAttention"] = lambda at=layout: flex(at, RADIUS, device)
+            floor = rates.floor(operations=operations(layout, radius=RADIUS))
+            yield from compared(f"local, {size}", ways, (q, k, v), device, floor)
+
+
+def compared(size, ways, qkv, device, floor):
+    """Yield one line for each of the ways; the first one is ours."""
+    found = []
+
+    def cells(make):
+        attend = make()
+        found.append(attend(*qkv))
+        difference = (found[-1].float() - found[0].float()).abs().max().item()
+        time = milliseconds(lambda: attend(*qkv), device)
+        return cell(time), cell(floor), f"{floor / time:.0%}", f"{difference:.1e}"
+
+    for name, make in ways.items():
+        yield row_or_fault((name, size), lambda make=make: cells(make))
+
+
+def layouts(cpu):
+    """Return the clips of five seconds at the published sizes, or small ones for a processor."""
+    if cpu:
+        return {"cpu": (TokenLayout(26, 1, 2, 6, 4), True)}
+    return {"256p": (CLIPS["256p"], False), "540p": (CLIPS["540p"], False), "1080p": (CLIPS["1080p"], True)}
+
+
+CLIPS = {
+    "256p": TokenLayout(32, 8, 14, 126, 300),
+    "540p": TokenLayout(32, 17, 30, 126, 300),
+    "1080p": TokenLayout(32, 34, 60, 126, 300),
+}

@@ -1,0 +1,147 @@
+"""The kernels' part of the table: every op at the full network's widths against reference, torch.compile and floor."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import kernels
+from ..kernels import FP8, Fp8Rows, quantise_rows, quantise_weight, reference
+from .measure import cell, head, milliseconds, row_or_fault
+
+BF16 = torch.bfloat16
+SPANS = {"256p": (3584, 126, 300), "1080p": (65280, 126, 300), "cpu": (12, 2, 2)}
+LATENTS = {"256p": (1, 48, 32, 16, 28), "1080p": (1, 48, 32, 68, 120), "cpu": (1, 48, 4, 8, 14)}
+WIDTH, HEADS, HEAD_DIM, GATED, PLAIN = 5120, (40, 8), 128, 13652, 20480  # the last two: what the activations put out
+ROWS = (HEADS[0] + 2 * HEADS[1]) * HEAD_DIM + HEADS[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One op at one size: its name in `kernels` and `reference`, what to call it with, and the bytes it must move."""
+
+    op: str
+    what: str
+    arguments: tuple
+    moved: int
+
+
+def rows(size, device):
+    """Yield makers of the rows of one size (a key of SPANS): random inputs of the full network's shapes."""
+    spans = SPANS[size]
+    tokens = sum(spans)
+
+    def draw(*shape, dtype=BF16):
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def norm(out_dtype, out_bytes):
+        arguments = (draw(1, tokens, WIDTH, dtype=torch.float32), draw(3, WIDTH), spans, 1e-6, out_dtype)
+        return Row("rms_norm_spans", f"to {name_of(out_dtype)}", arguments, tokens * WIDTH * (4 + out_bytes))
+
+    def add_norm(out_dtype, out_bytes):
+        x, delta = draw(1, tokens, WIDTH, dtype=torch.float32), draw(1, tokens, WIDTH)
+        arguments = (x, delta, draw(3, WIDTH), spans, 1e-6, out_dtype)
+        return Row(
+            "add_rms_norm_spans", f"to {name_of(out_dtype)}", arguments, tokens * WIDTH * (4 + 2 + 4 + out_bytes)
+        )
+
+    def activation(op, inputs, outputs, out_dtype, out_bytes):
+        moved = tokens * (2 * inputs + out_bytes * outputs)
+        return Row(op, f"to {name_of(out_dtype)}", (draw(1, tokens, inputs), out_dtype), moved)
+
+    def inputs():
+        angles = draw(tokens, 3 * (HEAD_DIM // 8), dtype=torch.float32)
+        sin_cos = torch.cat([angles.sin(), angles.cos()], dim=1)
+        weights = draw(3, HEAD_DIM), draw(3, HEAD_DIM)
+        moved = tokens * (2 * ROWS + 2 * (ROWS - HEADS[0]) + 4 * HEADS[0]) + sin_cos.nbytes
+        return Row("attention_inputs", "bf16", (draw(1, tokens, ROWS), *weights, spans, sin_cos, HEADS), moved)
+
+    def gate(out_dtype, out_bytes):
+        gates = torch.rand(1, tokens, HEADS[0], device=device)
+        moved = tokens * (WIDTH * (2 + out_bytes) + 4 * HEADS[0])
+        arguments = (draw(1, HEADS[0], tokens, HEAD_DIM), gates, out_dtype)
+        return Row("gate_heads", f"to {name_of(out_dtype)}", arguments, moved)
+
+    def renoise():
+        latents = [draw(*LATENTS[size], dtype=torch.float32) for _ in range(3)]
+        return Row("renoise_step", "fp32", (*latents, 0.8, 0.7), 4 * latents[0].nbytes)
+
+    for out in ((BF16, 2), (FP8, 1)):
+        yield lambda out=out: norm(*out)
+        yield lambda out=out: add_norm(*out)
+        yield lambda out=out: activation("swiglu7", 2 * GATED, GATED, *out)
+        yield lambda out=out: activation("gelu7", PLAIN, PLAIN, *out)
+        yield lambda out=out: gate(*out)
+    yield inputs
+    yield renoise
+
+
+def name_of(dtype):
+    """Return the short name of an output's dtype."""
+    return "fp8" if dtype == FP8 else "bf16"
+
+
+def wide(result):
+    """Return every tensor of an op's result in fp32, fp8 rows multiplied out."""
+    if isinstance(result, Fp8Rows):
+        return [result.values.float() * result.scale]
+    return [result.float()] if isinstance(result, torch.Tensor) else [part for one in result for part in wide(one)]
+
+
+def measured(row, device, rates):
+    """Return the cells of a row; torch.compile is measured on a GPU only."""
+    plain, ours = getattr(reference, row.op), getattr(kernels, row.op)
+    pairs = zip(wide(plain(*row.arguments)), wide(ours(*row.arguments)), strict=True)
+    error = max((expected - found).abs().max().item() for expected, found in pairs)
+    compiled = None
+    if device.type == "cuda":
+        fused = torch.compile(plain, dynamic=False)
+        compiled = milliseconds(lambda: fused(*row.arguments), device)
+    plain_time = milliseconds(lambda: plain(*row.arguments), device)
+    time = milliseconds(lambda: ours(*row.arguments), device)
+    floor = rates.floor(moved=row.moved)
+    return cell(plain_time), cell(compiled), cell(time), cell(floor), f"{floor / time:.0%}", f"{error:.1e}"
+
+
+def table(device, rates, sizes):
+    """Yield the lines of the kernels' table."""
+    yield from head("op", "size", "reference ms", "torch.compile ms", "ours ms", "floor ms", "floor/ours", "max error")
+    for size in sizes:
+        for make in rows(size, device):
+            row = make()
+            yield row_or_fault((f"{row.op} {row.what}", size), lambda row=row: measured(row, device, rates))
+            torch._dynamo.reset()
+
+
+def linear_table(device, rates, sizes):
+    """Yield the lines of the linears' table: bf16, bf16 with rows padded to 16, and fp8 with its padding."""
+    times = ("bf16 ms", "bf16 padded ms", "fp8 ms", "fp8, rows quantised apart ms")
+    yield from head("linear", "size", *times, "floor bf16 ms", "floor fp8 ms")
+    shapes = {"qkv": (WIDTH, ROWS), "proj": (WIDTH, WIDTH), "up": (WIDTH, 2 * GATED), "down": (GATED, WIDTH)}
+    for size in sizes:
+        for name, shape in shapes.items():
+            tokens_and_shape = (sum(SPANS[size]), *shape)
+            yield row_or_fault((name, size), lambda shape=tokens_and_shape: linear_cells(device, rates, *shape))
+
+
+def linear_cells(device, rates, tokens, inputs, outputs):
+    """Return the cells of one linear."""
+    x = torch.randn(tokens, inputs, device=device, dtype=BF16)
+    weight = torch.randn(outputs, inputs, device=device, dtype=BF16)
+    missing = (0, -inputs % 16)
+    padded_x, padded_weight = F.pad(x, missing), F.pad(weight, missing)
+    times = [
+        milliseconds(lambda: F.linear(x, weight), device),
+        milliseconds(lambda: F.linear(padded_x, padded_weight), device),
+    ]
+    if rates.fp8 is None:
+        times += [None, None]
+    else:
+        rows, narrow = quantise_rows(x), quantise_weight(weight)
+        times += [
+            milliseconds(lambda: kernels.fp8_linear(rows, narrow, outputs), device),
+            milliseconds(lambda: kernels.fp8_linear(quantise_rows(x), narrow, outputs), device),
+        ]
+    operations = 2 * tokens * inputs * outputs
+    floors = rates.floor(operations=operations), rates.floor(operations=operations, fp8=True)
+    return [cell(value) for value in (*times, *floors)]

@@ -1,0 +1,67 @@
+"""Rows of fp8 values with one scale each: what the kernels write for an fp8 matmul, and what it reads."""
+
+from typing import NamedTuple
+
+import torch
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+COLUMN_MULTIPLE = 16  # torch._scaled_mm wants rows of whole 16-byte blocks
+
+
+class Fp8Rows(NamedTuple):
+    """A tensor [..., C] as values [..., C rounded up to 16] e4m3 (zeros past C) times scale [..., 1] fp32."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def shape(self):
+        """The values' shape."""
+        return self.values.shape
+
+    def flatten(self, first, last):
+        """Join axes, not the last one, as torch's flatten does."""
+        return Fp8Rows(self.values.flatten(first, last), self.scale.flatten(first, last))
+
+    def split(self, lengths, dim):
+        """Split along an axis that is not the last, as torch's split does."""
+        values, scales = self.values.split(lengths, dim), self.scale.split(lengths, dim)
+        return tuple(Fp8Rows(*parts) for parts in zip(values, scales, strict=True))
+
+
+def padded_columns(columns):
+    """Return the width of `Fp8Rows.values` for `columns` values a row."""
+    return -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+
+
+def quantise_rows(x):
+    """Scale every row of x [..., C] so that its largest magnitude is 448, the largest e4m3 number; return Fp8Rows."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    values = torch.nn.functional.pad(wide / scale, (0, padded_columns(x.shape[-1]) - x.shape[-1])).to(FP8)
+    return Fp8Rows(values, scale)
+
+
+def dequantise_rows(rows, columns):
+    """Return the first `columns` columns of Fp8Rows in fp32."""
+    return rows.values[..., :columns].float() * rows.scale
+
+
+def quantise_weight(weight):
+    """Quantise the rows of a Linear's weight [O, I]; rows are padded to a multiple of 16 too, with zeros."""
+    missing = padded_columns(weight.shape[0]) - weight.shape[0]
+    return quantise_rows(torch.nn.functional.pad(weight, (0, 0, 0, missing)))
+
+
+def scaled_matmul(x, weight, out_features):
+    """`reference.fp8_linear` by torch's fp8 matmul, in bf16: a slice of rows as wide as the padded weight is high."""
+    out = torch._scaled_mm(
+        x.values.flatten(0, -2),
+        weight.values.t(),
+        scale_a=x.scale.flatten(0, -2),
+        scale_b=weight.scale.t(),
+        out_dtype=torch.bfloat16,  # the only one with a scale for each row
+        use_fast_accum=True,
+    )
+    return out.unflatten(0, x.values.shape[:-1])[..., :out_features]
