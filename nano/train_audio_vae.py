@@ -130,7 +130,8 @@ def main():
     vae = train(
         "audio_vae", vae, loss_of_step, steps=options.steps, peak_rate=2e-4, ema=0.99, weight_decay=0.0, warmup=20
     )
-    save_part(WEIGHTS / "nano_audio_vae.safetensors", vae.eval(), "audio_vae", CONFIG, "nano")
+    halves = {name: tensor.half() for name, tensor in vae.state_dict().items()}
+    save_part(WEIGHTS / "nano_audio_vae.safetensors", halves, "audio_vae", CONFIG, "nano")
 
 
 if __name__ == "__main__":
