@@ -1,8 +1,10 @@
-"""Sound that drives a clip, and a clip that goes on, with nano on a real server."""
+"""Sound that drives a clip, a clip that goes on, and a clip enlarged, with nano on a real server."""
 
 import av
 import numpy as np
+import pytest
 from pack.launch.demo import clip_path
+from pack.nano.measure import read_clip
 
 
 def read(path):
@@ -44,3 +46,20 @@ def test_a_clips_own_sound_drives_another_and_the_clip_goes_on(server, watch, gr
     shared = slice(2000, 20 * 1764)
     likeness = np.corrcoef(driven_sound[shared], long_sound[shared])[0, 1]
     assert likeness > 0.98, "both files begin with the first clip's sound"
+
+
+@pytest.mark.parametrize("first_stage", ["nano_t2v", "nano_i2v"])
+def test_super_resolution_doubles_the_picture_and_leaves_the_sound(server, watch, graph, first_stage):
+    both, enlarged = graph(first_stage), graph("nano_super_resolution")
+    both["3"]["inputs"]["seconds"] = 0.4
+    both["9"], both["20"] = enlarged["9"], enlarged["10"]
+    both["20"]["inputs"] |= {"latent": ["4", 0], "positive": both["4"]["inputs"]["positive"], "vae": ["1", 2]}
+    both["21"] = {"class_type": "HappyHorseSaveVideo", "inputs": {**both["5"]["inputs"], "latent": ["20", 0]}}
+    heard = watch(both)
+    assert any("192x192" in notice for notice in heard.notices)
+    small, sound, *_ = read_clip(clip_path({"5": heard.outputs["5"]}, server.output))
+    large, same_sound, *_ = read_clip(clip_path({"21": heard.outputs["21"]}, server.output))
+    assert small.shape == (9, 96, 96, 3) and large.shape == (9, 192, 192, 3)
+    assert np.array_equal(sound, same_sound)
+    reduced = large.reshape(9, 96, 2, 96, 2, 3).mean((2, 4))
+    assert np.corrcoef(reduced.ravel(), small.ravel())[0, 1] > 0.9

@@ -15,7 +15,8 @@ MB = 10**6
 
 def test_sizes():
     sizes = {path.name: path.stat().st_size for path in WEIGHTS.glob("*.safetensors")}
-    assert set(sizes) == {f"nano_{part}.safetensors" for part in ("dit", "sr", "text_encoder", "video_vae", "audio_vae")}
+    parts = ("dit", "sr", "text_encoder", "video_vae", "audio_vae")
+    assert set(sizes) == {f"nano_{part}.safetensors" for part in parts}
     assert max(sizes.values()) <= 8 * MB and sum(sizes.values()) <= 16 * MB
 
 
