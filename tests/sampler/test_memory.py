@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.benchmarks.memory import LiveBytes, main, step_bytes
+from pack.benchmarks.memory import LiveBytes, forward_bytes, main, step_bytes
 from pack.model_loader.config import DISTILL, T5GEMMA_9B, TURBO_7_7, WAN22_VAE
 from pack.sampler.memory import (
     Stage,
@@ -31,6 +31,12 @@ def test_activations_of_1080p_are_below_6_gb_and_grow_with_the_tokens():
     assert tokens == 65280 + 126 + 640
     assert activation_bytes(DISTILL, tokens) == pytest.approx(5.55 * GB, rel=0.01)
     assert activation_bytes(DISTILL, 2 * tokens) < 2 * activation_bytes(DISTILL, tokens)
+
+
+@pytest.mark.parametrize("size", [(448, 256), (1920, 1088)])
+def test_a_forward_takes_what_is_predicted(size):
+    counted = forward_bytes(DISTILL, size, 5.0)
+    assert 0.95 * counted < activation_bytes(DISTILL, token_count(*size, 32, 126)) < 1.1 * counted
 
 
 @pytest.mark.parametrize(("network", "config"), [("turbo_vae", TURBO_7_7), ("wan_vae", WAN22_VAE)])
