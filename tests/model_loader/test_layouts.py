@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layouts_on_disk import is_linear, split
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.layouts import as_published
 from pack.model_loader.load import fill, load_dit, published_tensors
@@ -19,10 +20,6 @@ def published(dit):
     return published_tensors("dit", dit.state_dict(), dit.config)
 
 
-def is_linear(name):
-    return name.startswith("block.") and "norm" not in name
-
-
 def fp8(tensors, ending, per_row):
     """Quantise the block linears of {name: tensor}; returns the file's tensors and the weights that they stand for."""
     stored, meant = {}, dict(tensors)
@@ -36,26 +33,6 @@ def fp8(tensors, ending, per_row):
         stored[name.removesuffix(".weight") + ending] = scale
         meant[name] = stored[name].float() * scale
     return stored, meant
-
-
-def split(tensors, config):
-    """Rename to the split-expert style: q, k, v and gate apart, and each expert of an expert layer apart."""
-    heads, groups, size = config.hidden_size // config.head_dim, config.num_query_groups, config.head_dim
-    rows = (heads * size, groups * size, groups * size, heads)
-    result = {}
-    for name, tensor in tensors.items():
-        if not is_linear(name):
-            result[name] = tensor
-            continue
-        stem = name.removesuffix(".weight")
-        experts = ("_video", "_audio", "_text") if int(name.split(".")[2]) in config.expert_layers else ("",)
-        for expert, part in zip(experts, tensor.chunk(len(experts)), strict=True):
-            if stem.endswith("linear_qkv"):
-                letters = zip("qkvg", part.split(rows), strict=True)
-                result |= {f"{stem[:-3]}{letter}{expert}.weight": piece.clone() for letter, piece in letters}
-            else:
-                result[f"{stem}{expert}.weight"] = part.clone()
-    return result
 
 
 def assert_loads_as(path, tensors, dit):

@@ -41,7 +41,6 @@ def test_a_forward_takes_what_is_predicted(size):
 
 @pytest.mark.parametrize(("network", "config"), [("turbo_vae", TURBO_7_7), ("wan_vae", WAN22_VAE)])
 def test_decoding_takes_what_is_predicted(network, config):
-    pytest.importorskip("comfy.ldm.wan.vae2_2", reason="no ComfyUI: set COMFYUI_PATH, or `python3 run.py test`")
     for size in ((448, 256), (960, 544)):
         predicted, counted = decode_bytes(config, *size, torch.bfloat16), step_bytes(network, config, size)
         assert 0.9 * counted < predicted < 1.15 * counted
