@@ -49,5 +49,5 @@ def with_fp8_linears(network):
         if isinstance(module, Fp8Linear):
             module.quantise(network.get_submodule(name).weight)
     rest = {name: tensor for name, tensor in network.state_dict().items() if narrow.get_parameter(name).is_meta}
-    narrow.load_state_dict(rest, strict=False, assign=True)
+    narrow.load_state_dict({**narrow.state_dict(), **rest}, assign=True)
     return narrow.train(network.training)

@@ -57,6 +57,12 @@ class Pairs:
         return tuple(torch.from_numpy(part.astype(np.float32)) for part in parts)
 
 
+def on_the_path(start, large, sigma):
+    """Return (x at noise level `sigma` [B], velocity) between what the sampler starts from and the large clip."""
+    level = sigma.view(-1, 1, 1, 1, 1)
+    return level * start + (1 - level) * large, start - large
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
@@ -76,14 +82,13 @@ def main():
         noise = torch.randn_like(large)
         noise[:, CHANNELS:] = 0
         start = noised_latent(upsample_latent(small, *large.shape[-2:]), noise)
-        sigma = draw_sigmas(rng, len(large)).view(-1, 1, 1, 1, 1)
-        x = sigma * start + (1 - sigma) * large
+        x, wanted = on_the_path(start, large, draw_sigmas(rng, len(large)))
         first = 1 if image_given else 0
         x[:, :, :first] = large[:, :, :first]
         heard = AUDIO_NOISE_SHARE * torch.randn_like(audio) + (1 - AUDIO_NOISE_SHARE) * audio
         with bf16_matmuls():
             velocity, _ = dit(x, heard, text, attention=plain_attention)
-        wrong = (velocity - (start - large))[:, :CHANNELS, first:].square()
+        wrong = (velocity - wanted)[:, :CHANNELS, first:].square()
         return (importance * wrong).mean(), {"video": wrong.mean().item()}
 
     dit = train("super_resolution", dit, loss_of_step, steps=options.steps, peak_rate=2e-3, warmup=100, ema=0.998)

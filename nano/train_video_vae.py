@@ -184,20 +184,30 @@ def train_together(whole, steps):
     whole.requires_grad_(False)
     whole.vae.requires_grad_(True)
 
-    def loss_of_step(step):
-        pixels = of_either_size(3 * 10**6 + step)
-        side = pixels.shape[-1]
-        with torch.autocast("cpu", torch.bfloat16):
-            latent = whole.encode(pixels)
-            result = whole.decode_raw(with_noise(latent))
-            moved = (latent - before.encode(pixels))[:, :CHANNELS].square().mean() if side == world.SIZE else 0.0
-        numbers = {f"psnr{side}": psnr(result.detach(), pixels)}
-        return distance(result, pixels) + HELD * moved, numbers | ({"moved": moved.item() ** 0.5} if moved else {})
-
     slow = torch.nn.ModuleList([whole.vae.encoder, whole.vae.conv1])
     return train(
-        "video_vae_together", whole, loss_of_step, steps=steps, peak_rate=4e-4, slow=slow, ema=0.995, save_every=50
+        "video_vae_together",
+        whole,
+        lambda step: held_loss(whole, before, of_either_size(3 * 10**6 + step)),
+        steps=steps,
+        peak_rate=4e-4,
+        slow=slow,
+        ema=0.995,
+        save_every=50,
     )
+
+
+def held_loss(whole, before, pixels):
+    """Return what `train` wants of a batch of either size; `before`: the VideoVAE whose latents of 96x96 are kept."""
+    side = pixels.shape[-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        latent = whole.encode(pixels)
+        result = whole.decode_raw(with_noise(latent))
+        loss, numbers = distance(result, pixels), {f"psnr{side}": psnr(result.detach(), pixels)}
+        if side == world.SIZE:
+            moved = (latent - before.encode(pixels))[:, :CHANNELS].square().mean()
+            loss, numbers["moved"] = loss + HELD * moved, moved.item() ** 0.5
+    return loss, numbers
 
 
 def with_noise(latent):

@@ -13,6 +13,7 @@ from ..model_loader.core_vae import core_class
 
 RUNS = Path(__file__).parent / "runs"
 WEIGHTS = Path(__file__).parent / "weights"
+SLOW = 0.2  # of the rate: what the slow part of a module learns at
 
 
 def learning_rate(step, steps, peak, warmup=100, floor=0.02):
@@ -50,16 +51,17 @@ def train(
     """Train `module` and return its exponential moving average.
 
     loss_of_step(step) returns (loss, {name: number}) and draws its own data from `step` and the seed alone, so that a
-    resumed run sees what an uninterrupted one would. slow: a part of `module` that learns at a fifth of the rate.
+    resumed run sees what an uninterrupted one would. slow: a part of `module` that learns at SLOW of the rate.
     State: nano/runs/<name>.pt, log: nano/runs/<name>.jsonl.
     """
     RUNS.mkdir(exist_ok=True)
     state_file, log_file = RUNS / f"{name}.pt", RUNS / f"{name}.jsonl"
     parameters = [p for p in module.parameters() if p.requires_grad]
     slow_ones = set(slow.parameters()) if slow else set()
-    groups = [[p for p in parameters if p not in slow_ones], [p for p in parameters if p in slow_ones]]
+    groups = {1.0: [p for p in parameters if p not in slow_ones], SLOW: [p for p in parameters if p in slow_ones]}
+    groups = {share: group for share, group in groups.items() if group}
     optimizer = torch.optim.AdamW(
-        [{"params": group} for group in groups if group],
+        [{"params": group} for group in groups.values()],
         lr=peak_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True,
     )  # fmt: skip
     average = copy.deepcopy(module).requires_grad_(False)
@@ -73,7 +75,7 @@ def train(
     began, sums = time.time(), {}
     for step in range(first, steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        for group, share in zip(optimizer.param_groups, (1.0, 0.2), strict=False):
+        for group, share in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = share * learning_rate(step, steps, peak_rate, warmup)
         loss, numbers = loss_of_step(step)
         optimizer.zero_grad(set_to_none=True)

@@ -80,7 +80,11 @@ def require_listed(names):
 
 
 def where_to_get(part, name):
-    """Return one sentence about a file that is not there: its folder and its source on the web."""
+    """Return one sentence about a file that is not there: its folder and its source on the web, or what it is."""
+    if name in {other.nano for other in PARTS} - {part.nano}:
+        return (
+            f"{name} is a built-in file for another input. Choose {part.nano} here, or one from models/{part.folder}."
+        )
     known = json.loads(DOWNLOADS.read_text(encoding="utf-8")).get(name)
     source = known["url"] if known else f"https://huggingface.co/{part.published} (README.md lists other sources)"
     beside = "".join(f", {other} from {url}" for other, url in (known or {}).get("beside", {}).items())

@@ -256,7 +256,7 @@ def require_super_resolution(model):
     happyhorse = require_happyhorse(model)
     if not happyhorse.super_resolution:
         raise ValueError(
-            f"The model is {happyhorse.variant}, which makes clips from noise; super-resolution wants 540p_sr or "
-            "1080p_sr. Load one with 'Load HappyHorse Model'."
+            f"The model is {happyhorse.variant}, which makes clips from noise; super-resolution wants 540p_sr, "
+            "1080p_sr or nano's. Load one with 'Load HappyHorse Model'."
         )
     return happyhorse

@@ -97,7 +97,7 @@ class SuperResolution(io.ComfyNode):
             search_aliases=["happyhorse upscale", "sr", "540p", "1080p"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="The 540p_sr or 1080p_sr model, from Load HappyHorse Model."),
+                io.Model.Input("model", tooltip="The 540p_sr, 1080p_sr or nano_sr model, from Load HappyHorse Model."),
                 io.Conditioning.Input("positive", tooltip="The prompt the clip was made with, first image included."),
                 io.Latent.Input("latent", tooltip="The clip, from HappyHorse Sampler."),
                 seed_input(),

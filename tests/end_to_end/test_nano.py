@@ -73,6 +73,12 @@ def test_image_to_video_starts_with_the_image(server, watch, graph):
         ("3", "seconds", 40.0, r"HappyHorseEmptyLatent \[3\]: Value 40.0 bigger than max of 15.0 \(seconds\)"),
         ("3", "size", "8K", r"HappyHorseEmptyLatent \[3\]: .*size is unknown; expected one of nano 96x96, 256p"),
         ("1", "model", "gone.safetensors", r"HappyHorseLoadCheckpoint \[1\]: .*gone.safetensors is not in models/diff"),
+        (
+            "1",
+            "video_vae",
+            "nano_audio_vae.safetensors",
+            "built-in file for another input. Choose nano_video_vae.safet",
+        ),
         ("4", "steps", -1, r"HappyHorseSampler \[4\]: Value -1 smaller than min of 0 \(steps\)"),
         ("4", "model", ["1", 1], r"HappyHorseSampler \[4\]: Return type mismatch .*received_type\(CLIP\)"),
     ],

@@ -7,6 +7,7 @@ from pack.model_loader.dit import DiT
 from pack.nano import training
 from pack.nano.train_distill import walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
+from pack.nano.train_super_resolution import on_the_path
 from pack.nano.train_video_vae import CHANNELS
 from pack.sampler.schedule import flow_sigmas
 
@@ -93,3 +94,11 @@ def test_a_walk_along_the_true_velocity_ends_at_the_clip():
         assert torch.equal(x_video[:, :, :1], first)
     *_, (_, kept) = walk(lambda v, a: (v, a), *start, sigmas, sound_given=True)
     assert torch.equal(kept, start[1])
+
+
+def test_super_resolutions_path_leads_from_the_start_to_the_large_clip():
+    start, large = torch.randn(2, 48, 3, 12, 12), torch.randn(2, 48, 3, 12, 12)
+    x, velocity = on_the_path(start, large, torch.tensor([1.0, 0.3]))
+    torch.testing.assert_close(x[0], start[0])
+    torch.testing.assert_close(x[0] - velocity[0], large[0])
+    torch.testing.assert_close(x[1] - 0.3 * velocity[1], large[1])

@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import torch
 from pack.model_loader.core_vae import VideoVAE, initialise
-from pack.nano.train_video_vae import CHANNELS, CONFIG, batch, inflate, normalising_deviations, rotate_to_principal
+from pack.nano.train_video_vae import (
+    CHANNELS,
+    CONFIG,
+    HELD,
+    batch,
+    held_loss,
+    inflate,
+    normalising_deviations,
+    rotate_to_principal,
+)
 from pack.nano.training import quicken_video_vae
 
 
@@ -65,3 +74,17 @@ def test_every_step_sees_clips_of_its_own_at_either_size():
     assert small.shape == (2, 3, 17, 96, 96) and large.shape == (2, 3, 5, 192, 192)
     assert torch.equal(small, again) and not torch.equal(small, other)
     assert small.min() >= -1 and small.max() <= 1
+
+
+@torch.no_grad()
+def test_the_latents_of_small_clips_are_held_and_those_of_large_ones_free():
+    torch.manual_seed(0)
+    whole = initialise(VideoVAE(CONFIG))
+    before = deepcopy(whole)
+    before.vae.conv1.bias[:CHANNELS] -= 1
+    for scale, expected in ((1, HELD), (2, 0.0)):
+        pixels, losses = batch(0, 1, 1, scale), []
+        for other in (whole, before):
+            torch.manual_seed(1)
+            losses.append(held_loss(whole, other, pixels)[0])
+        assert abs(losses[1] - losses[0] - expected) < 0.02

@@ -1,5 +1,7 @@
 """Decoding in strips: which rows, that a local decoder's picture comes back, and fading at the seams."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from pack.sampler.media import to_frames
@@ -10,7 +12,7 @@ from pack.sampler.strips import OVERLAP, STRIP, decode_in_strips, strips
 def test_strips_cover_every_row_and_share_the_overlap(rows):
     found = strips(rows)
     assert found[0][0] == 0 and found[-1][1] == rows and all(last - first <= STRIP for first, last in found)
-    for (_, last), (first, _) in zip(found, found[1:], strict=False):
+    for (_, last), (first, _) in pairwise(found):
         assert last - first == OVERLAP
     assert all(last - first > OVERLAP for first, last in found[1:]), "a strip must add rows"
 

@@ -1,0 +1,39 @@
+"""What nano is judged by: the graphs that make the clips, and a soundtrack that is followed or not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pack.nano import world
+from pack.nano.cases import draw_cases, workflow
+from pack.nano.evaluate import Tally
+
+SPECIAL = {"HappyHorseFirstImage", "HappyHorseSoundtrack"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("prompt", set()), ("image", {"HappyHorseFirstImage"}), ("soundtrack", {"HappyHorseSoundtrack"})],
+)
+def test_a_cases_graph_gives_the_sampler_what_the_case_has_and_no_more(given, expected):
+    (case,) = draw_cases(1, given)
+    graph = workflow(case)
+    assert SPECIAL & {node["class_type"] for node in graph.values()} == expected
+    (sampler,) = [node["inputs"] for node in graph.values() if node["class_type"] == "HappyHorseSampler"]
+    fed = {graph[sampler[name][0]]["class_type"] for name in ("positive", "latent")}
+    assert fed >= expected
+    links = [value for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert all(source in graph for source, _ in links)
+
+
+@pytest.mark.parametrize("number", range(3))  # a ball, a cube, a face
+def test_a_soundtrack_is_followed_by_its_own_clip_and_not_by_a_shifted_one(number):
+    case = draw_cases(3, "soundtrack")[number]
+    scene = replace(case.scene, syllables=("ma", "mi", "mo")) if number == 2 else replace(case.scene, bounces=3)
+    pixels = (world.render_frames(scene, 49) * 255 + 0.5).astype(np.uint8)
+    sound = world.render_sound(scene, 51)
+    shifted = np.concatenate([np.zeros(5 * world.HOP, np.float32), sound[: -5 * world.HOP]])
+    for heard, follows in ((sound, 1.0), (shifted, 0.0)):
+        tally = Tally()
+        tally.judge(case, pixels, heard, world.SAMPLE_RATE)
+        assert tally.values["follows the soundtrack"] == [follows]
