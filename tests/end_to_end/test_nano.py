@@ -77,7 +77,7 @@ def test_image_to_video_starts_with_the_image(server, watch, graph):
             "1",
             "video_vae",
             "nano_audio_vae.safetensors",
-            "built-in file for another input. Choose nano_video_vae.safet",
+            "built-in file for another input. Choose nano_video_vae",
         ),
         ("4", "steps", -1, r"HappyHorseSampler \[4\]: Value -1 smaller than min of 0 \(steps\)"),
         ("4", "model", ["1", 1], r"HappyHorseSampler \[4\]: Return type mismatch .*received_type\(CLIP\)"),
