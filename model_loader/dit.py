@@ -24,25 +24,38 @@ class DiT(nn.Module):
         self.block.layers = nn.ModuleList(
             Layer(config, i, operations=operations, dtype=dtype, device=device) for i in range(config.num_layers)
         )
+        shared = [i for i in range(config.num_layers) if i not in config.expert_layers] or [config.num_layers]
+        self.middle = slice(shared[0], shared[-1] + 1)  # the layers that all modalities share
         final = {"bias": False, "dtype": torch.float32, "device": device}
         self.final_norm_video = RMSNorm(config.hidden_size, device=device)
         self.final_norm_audio = RMSNorm(config.hidden_size, device=device)
         self.final_linear_video = operations.Linear(config.hidden_size, config.video_in_channels, **final)
         self.final_linear_audio = operations.Linear(config.hidden_size, config.audio_in_channels, **final)
 
-    def forward(self, video, audio, text, *, attention=None):
+    def forward(self, video, audio, text, *, attention=None, step_cache=None):
         """Predict velocity = noise - clean of both latents; the noise level is read off the latents themselves.
 
         video [B, C, T, H, W] (H, W even), audio [B, L, Ca], text [B, n, Ct]; all clips of a batch share sizes and text
-        length. `attention(q, k, v)` replaces `grouped_attention`. Returns fp32 (video's shape, audio's shape).
-        ValueError where sizes do not fit.
+        length. `attention(q, k, v)` replaces `grouped_attention`. `step_cache(change, x, middle)` decides whether
+        middle(x) is called, see sampler.step_cache. Returns fp32 (video's shape, audio's shape). ValueError where sizes
+        do not fit.
         """
         self._check(video, audio, text)
         layout = TokenLayout.of(video, audio, text)
         rotary = rotary_table(layout, self.config.positions, self.config.head_dim, video.device)
+
+        def run(part, x):
+            for layer in self.block.layers[part]:
+                x = layer(x, layout, rotary, attention or grouped_attention)
+            return x
+
         x = self.adapter(patchify(video), audio, text)
-        for layer in self.block.layers:
-            x = layer(x, layout, rotary, attention or grouped_attention)
+        entered = run(slice(self.middle.start), x)
+        if step_cache is None:
+            x = run(self.middle, entered)
+        else:
+            x = step_cache(entered - x, entered, lambda x: run(self.middle, x))
+        x = run(slice(self.middle.stop, None), x)
         x_video, x_audio, _ = x.split(layout.spans, dim=1)
         v_video = self.final_linear_video(self.final_norm_video(x_video))
         v_audio = self.final_linear_audio(self.final_norm_audio(x_audio))

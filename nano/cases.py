@@ -25,6 +25,7 @@ from .latents import FRAMES, LATENTS, SOUNDS, empty_prompt
 from .measure import read_clip
 from .prompts import draw_prompt
 from .train_distill import guided_velocity, load_teacher, walk
+from .train_super_resolution import OWN_START
 from .training import WEIGHTS
 
 SECONDS = 2.0
@@ -180,7 +181,7 @@ class SuperResolution(InProcess):
         small, noise = self.video_vae.encode(pixels(1)), seeded_noise(case.number)
         side = world.SIZE * 2 // 16
         start, heard = start_super_resolution(
-            small, self.heard(world.render_sound(case.scene, SOUNDS)), side, side, noise
+            small, self.heard(world.render_sound(case.scene, SOUNDS)), side, side, noise, **OWN_START
         )
         text = self.text(case.prompt)
         refined, _ = denoise_unipc(

@@ -12,12 +12,13 @@ from .lora import register_lora_names
 from .prompt import EncodePrompt, PromptBuilder
 from .sampling import Sampler, SamplerSelect, Sigmas
 from .soundtrack import Soundtrack
+from .speed import Speed
 from .super_resolution import SuperResolution
 
 NODES = [
     LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE, LoadAudioVAE,
     PromptBuilder, EncodePrompt, NegativePrompt, EmptyLatent, FirstImage, Soundtrack, Sampler, SuperResolution,
-    Continue, Join, SamplerSelect, Sigmas, Guider, Decode, SaveVideo,
+    Continue, Join, SamplerSelect, Sigmas, Guider, Speed, Decode, SaveVideo,
 ]  # fmt: skip
 
 

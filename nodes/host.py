@@ -22,6 +22,7 @@ from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
 from ..sampler.memory import TEXT_TOKENS, activation_bytes
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
+from .forward_options import of_forward
 from .fp8 import fp8_operations
 
 FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
@@ -151,7 +152,9 @@ class HappyHorse(comfy.model_base.BaseModel):
     def _forward(self, streams, text, transformer_options):
         """Run the network on [video [B,48,T,H,W], audio [B,1,L,64]] -> their velocities: the call that caches wrap."""
         video, audio = streams
-        velocity_video, velocity_audio = self.diffusion_model(video, audio[:, 0], text.to(video))
+        velocity_video, velocity_audio = self.diffusion_model(
+            video, audio[:, 0], text.to(video), **of_forward(transformer_options)
+        )
         return [velocity_video, velocity_audio[:, None]]
 
 

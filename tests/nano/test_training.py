@@ -7,7 +7,7 @@ from pack.model_loader.dit import DiT
 from pack.nano import training
 from pack.nano.train_distill import walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
-from pack.nano.train_super_resolution import on_the_path
+from pack.nano.train_super_resolution import on_the_path, pixel_metric
 from pack.nano.train_video_vae import CHANNELS
 from pack.sampler.schedule import flow_sigmas
 
@@ -102,3 +102,12 @@ def test_super_resolutions_path_leads_from_the_start_to_the_large_clip():
     torch.testing.assert_close(x[0], start[0])
     torch.testing.assert_close(x[0] - velocity[0], large[0])
     torch.testing.assert_close(x[1] - 0.3 * velocity[1], large[1])
+
+
+def test_an_error_counts_as_the_pixels_it_moves():
+    torch.manual_seed(0)
+    weights = torch.randn(3, 48)
+    decode = lambda z: torch.einsum("oc,bcthw->bothw", weights, z)  # noqa: E731
+    expected = (weights.T @ weights)[:CHANNELS, :CHANNELS]
+    metric = pixel_metric(decode, torch.randn(1, 48, 2, 3, 3))
+    torch.testing.assert_close(metric, expected / expected.diagonal().mean(), atol=1e-4, rtol=1e-4)

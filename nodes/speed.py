@@ -1,0 +1,118 @@
+"""The node for what makes a forward faster and is off by default: another attention, compiled layers, a step cache."""
+
+import logging
+
+import comfy.ldm.modules.attention as core_attention
+import comfy.model_patcher
+import comfy.patcher_extension
+from comfy_api.latest import io
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+from ..sampler.step_cache import StepCache
+from .forward_options import ATTENTION, STEP_CACHE
+from .host import require_happyhorse
+from .notice import notice
+
+PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}  # core's name of an attention -> what pip calls it
+
+
+def with_attention(model, name):
+    """Return the MODEL with core's attention `name`, a key of PACKAGES; ValueError where it is not installed."""
+    function = core_attention.get_attention_function(name, default=None)
+    if function is None:
+        raise ValueError(
+            f"attention is '{name}', which needs the package {PACKAGES[name]}, and ComfyUI could not import that. "
+            f"Install it with ComfyUI's own Python (python -m pip install {PACKAGES[name]}) and start ComfyUI again, "
+            "or choose 'default'."
+        )
+    faster = model.clone()
+    faster.model_options["transformer_options"][ATTENTION] = lambda _, *args, **options: function(*args, **options)
+    return faster
+
+
+def with_compiled_layers(model, backend="inductor"):
+    """Return the MODEL with every layer compiled by torch when it first runs; `backend` is torch.compile's."""
+    count = len(model.model.diffusion_model.block.layers)
+    faster = model.clone(disable_dynamic=True)
+    keys = [f"diffusion_model.block.layers.{number}" for number in range(count)]
+    set_torch_compile_wrapper(model=faster, backend=backend, keys=keys)
+    return faster
+
+
+def with_step_cache(model, threshold, tell):
+    """Return the MODEL with a StepCache for every run of a sampler; `tell(line)` gets its report when the run ends."""
+
+    def sample(executor, *args, **kwargs):
+        guider, cache = executor.class_obj, StepCache(threshold)
+        options = guider.model_options
+        guider.model_options = comfy.model_patcher.create_model_options_clone(options)
+        guider.model_options["transformer_options"][STEP_CACHE] = cache
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_options = options
+            logging.info(cache.report())
+            tell(cache.report())
+
+    faster = model.clone()
+    faster.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, STEP_CACHE, sample)
+    return faster
+
+
+class Speed(io.ComfyNode):
+    """Settings that trade accuracy, memory or a long first run for speed."""
+
+    @classmethod
+    def define_schema(cls):
+        """Describe the node."""
+        return io.Schema(
+            node_id="HappyHorseSpeed",
+            display_name="HappyHorse Speed",
+            category="HappyHorse/model",
+            description="Makes sampling faster at a price. As it stands, everything is off and nothing changes.",
+            search_aliases=["sageattention", "torch compile", "teacache", "first block cache", "happyhorse fast"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load HappyHorse."),
+                io.Combo.Input(
+                    "attention",
+                    options=["default", *PACKAGES],
+                    default="default",
+                    tooltip="default: torch's, exact. sage: SageAttention, 8-bit and faster at many tokens; flash: "
+                    "FlashAttention. Either must be installed in ComfyUI's Python.",
+                ),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    tooltip="Compile every layer with torch.compile. The first run of each size takes minutes more; "
+                    "needs a C compiler and keeps the whole model on the card.",
+                ),
+                io.Float.Input(
+                    "step_cache",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="0 is off. Skips the layers that all modalities share in steps where the layers before "
+                    "them changed by less than this share. For the base model's 32 steps; 0.05 is a start. How much "
+                    "was skipped and how far off it was appears on the node after the run.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[io.Model.Output(tooltip="Connect to HappyHorse Sampler or any guider.")],
+        )
+
+    @classmethod
+    def execute(cls, model, attention="default", compile=False, step_cache=0.0):
+        """Apply what is switched on."""
+        require_happyhorse(model)
+        if attention != "default":
+            model = with_attention(model, attention)
+        if compile:
+            model = with_compiled_layers(model)
+        if step_cache > 0:
+            node = cls  # with the id of this run
+            model = with_step_cache(model, step_cache, lambda line: notice(node, line))
+        on = [f"{attention} attention"] * (attention != "default") + ["compiled layers"] * compile
+        on += [f"step cache up to {100 * step_cache:.0f} %"] * (step_cache > 0)
+        notice(cls, ", ".join(on) or "everything off")
+        return io.NodeOutput(model)

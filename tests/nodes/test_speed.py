@@ -1,0 +1,108 @@
+"""What makes forwards faster: another attention, compiled layers and a step cache change what they say, no more."""
+
+import comfy.ldm.modules.attention as core_attention
+import pytest
+import torch
+from pack.nodes import speed
+from pack.nodes.prompt import EncodePrompt
+from pack.nodes.sampling import Sampler
+from pack.nodes.speed import Speed, with_compiled_layers, with_step_cache
+
+SEED = 9
+
+
+def sample(model, prompt, latent, steps=8, **inputs):
+    return Sampler.execute(model, prompt, latent, SEED, steps, 5.0, **inputs).args[0]["samples"].unbind()
+
+
+def counted(model, steps, *arguments, **inputs):
+    """Return the result and how often the first layer and a middle one ran."""
+    runs = [0, 0]
+    hooks = []
+    for slot, number in enumerate((0, 1)):
+
+        def count(module, given, slot=slot):
+            runs[slot] += 1
+
+        hooks.append(model.model.diffusion_model.block.layers[number].register_forward_pre_hook(count))
+    result = sample(model, *arguments, steps, **inputs)
+    for hook in hooks:
+        hook.remove()
+    return result, runs
+
+
+def equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture
+def told(monkeypatch):
+    lines = []
+    monkeypatch.setattr(speed, "notice", lambda node, line: lines.append(line))
+    return lines
+
+
+def test_as_it_stands_nothing_changes(loaded, told):
+    assert Speed.execute(loaded[0]).args[0] is loaded[0]
+    assert told == ["everything off"]
+
+
+def test_an_attention_of_cores_is_asked_and_gives_its_result(loaded, prompt, latent, told, monkeypatch):
+    calls = []
+
+    def sage(q, k, v, heads, **options):
+        calls.append((q.shape, k.shape, heads))
+        return core_attention.attention_pytorch(q, k, v, heads, **options)
+
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", sage)
+    faster = Speed.execute(loaded[0], attention="sage").args[0]
+    result = sample(faster, prompt, latent)
+    assert len(calls) == 8 * 4 and told == ["sage attention"]
+    (_, heads, tokens, size), shape_of_keys, told_heads = calls[0]
+    assert shape_of_keys == (1, heads // 2, tokens, size) and told_heads == heads
+    for a, b in zip(result, sample(loaded[0], prompt, latent), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", lambda q, *_, **__: torch.zeros_like(q))
+    assert not equal(sample(Speed.execute(loaded[0], attention="sage").args[0], prompt, latent), result)
+
+
+def test_a_missing_attention_is_named_with_its_package(loaded):
+    with pytest.raises(ValueError, match="'flash'.*pip install flash-attn"):
+        Speed.execute(loaded[0], attention="flash")
+
+
+def test_compiled_layers_give_the_same_clip(loaded, prompt, latent):
+    """Captured by torch.compile, run without its code generator: that takes minutes."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = with_compiled_layers(loaded[0], backend)
+    assert equal(sample(compiled, prompt, latent), sample(loaded[0], prompt, latent))
+    assert len(graphs) == 3, (
+        "one for the layer with gelu7 and experts, one for shared ones, one for experts with swiglu7"
+    )
+    before = len(graphs)
+    sample(loaded[0], prompt, latent)
+    assert len(graphs) == before, "the model that came in is not compiled"
+
+
+@pytest.mark.parametrize(("variant", "threshold"), [("base", 0.03), ("distill", 0.5)])
+def test_a_step_cache_skips_middle_layers_and_tells_how_far_off(loaded, model_of, prompt, latent, variant, threshold):
+    model, lines = model_of(variant), []
+    inputs = {"negative": EncodePrompt.execute(loaded[1], "dull").args[0]} if variant == "base" else {}
+    plain, runs = counted(model, 12, prompt, latent, **inputs)
+    forwards = runs[0]
+    assert runs == [forwards, forwards] and forwards == (24 if variant == "base" else 12)
+    strict, runs = counted(with_step_cache(model, 1e-9, lines.append), 12, prompt, latent, **inputs)
+    assert runs == [forwards, forwards] and equal(strict, plain) and "nothing skipped" in lines[-1]
+    loose, runs = counted(with_step_cache(model, threshold, lines.append), 12, prompt, latent, **inputs)
+    assert runs[0] == forwards and 2 <= runs[1] < forwards
+    assert f"{forwards - runs[1]} of {forwards} forwards" in lines[-1]
+    assert not equal(loose, plain) and all(part.isfinite().all() for part in loose)
+    again, _ = counted(with_step_cache(model, threshold, lines.append), 12, prompt, latent, **inputs)
+    assert equal(again, loose)
+    assert equal(sample(model, prompt, latent, 12, **inputs), plain), "the model that came in has no cache"
