@@ -11,7 +11,11 @@ import torch
 triton = pytest.importorskip("triton")
 
 BACKENDS = Path(__file__).with_name("backends.py")
-CARDS = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100}
+TARGETS = {
+    **{f"sm_{version}": ("cuda", version, 32) for version in (80, 89, 90, 100)},
+    "gfx942": ("hip", "gfx942", 64),  # compiled to see that it could serve; dispatch keeps AMD's cards on torch
+}
+WITH_FP8 = ("sm_89", "sm_90", "sm_100")  # dispatch.FP8_CAPABILITY keeps older cards from being asked
 OUTPUTS = {"bf16": "*bf16", "fp32": "*fp32", "fp8": "*fp8e4nv"}
 BF16, FP32 = OUTPUTS["bf16"], OUTPUTS["fp32"]
 
@@ -28,12 +32,12 @@ def test_kernels_equal_their_references(interpret):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def compiled(kernel, pointers, constants, floats=(), *, capability, **options):
+def compiled(kernel, pointers, constants, floats=(), *, card, **options):
     """Compile `kernel` without a GPU: pointers {name: type}, constants {name: value}, every other argument an int64."""
     signature = {name: "i64" for name in kernel.arg_names}
     signature.update(pointers, **{name: "fp32" for name in floats}, **{name: "constexpr" for name in constants})
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    target = triton.backends.compiler.GPUTarget(*TARGETS[card])
     return triton.compile(source, target=target, options=options)
 
 
@@ -96,15 +100,16 @@ KERNELS = {
     ("card", "name", "out"),
     [
         (card, name, out)
-        for card, capability in CARDS.items()
+        for card in TARGETS
         for name, (_, outputs) in KERNELS.items()
         for out in outputs
-        if out != "fp8" or capability >= 89  # dispatch.FP8_CAPABILITY keeps older cards from being asked
+        if out != "fp8" or card in WITH_FP8
     ],
 )
 def test_kernels_compile_ahead_of_time(card, name, out, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, pointers, constants, floats, warps = KERNELS[name][0](out)
-    result = compiled(kernel, pointers, constants, floats, capability=CARDS[card], num_warps=warps)
-    assert f".target {card}" in result.asm["ptx"]
-    assert len(result.asm["cubin"]) > 1000
+    result = compiled(kernel, pointers, constants, floats, card=card, num_warps=warps)
+    assembly, binary = ("amdgcn", "hsaco") if card.startswith("gfx") else ("ptx", "cubin")
+    assert card in next(line for line in result.asm[assembly].splitlines() if "target" in line)
+    assert len(result.asm[binary]) > 1000
