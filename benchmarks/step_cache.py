@@ -52,8 +52,8 @@ def main(arguments=None):
     nano, cases = InProcess(), draw_cases(options.clips, "prompt")
     middle = nano.dit.middle
     lines = [
-        f"# step cache on nano, {options.clips} clips, {middle.stop - middle.start} of {nano.dit.config.num_layers} layers "
-        f"skipped at a time, {card_name(torch.device('cpu'))}, {datetime.date.today().isoformat()}",
+        f"# step cache on nano, {options.clips} clips, {middle.stop - middle.start} of {nano.dit.config.num_layers} "
+        f"layers skipped at a time, {card_name(torch.device('cpu'))}, {datetime.date.today().isoformat()}",
         "",
         "| steps | threshold | forwards that skipped | mean drift | picture: relative RMS | sound: relative RMS |",
         "|---|---|---|---|---|---|",

@@ -17,8 +17,7 @@ import math
 import torch
 from torch import nn
 
-from ..kernels import FP8, add_rms_norm_spans, attention_inputs, gate_heads, gelu7, rms_norm, rms_norm_spans, swiglu7
-from . import fp8_linear
+from ..kernels import add_rms_norm_spans, attention_inputs, gate_heads, gelu7, rms_norm, rms_norm_spans, swiglu7
 from .attention import local_attention
 
 MODALITIES = ("video", "audio", "text")
@@ -91,8 +90,8 @@ class ExpertLinear(nn.Module):
 
 
 def input_dtype(operations, dtype):
-    """Return what the linears read: quantised rows where they are fp8 linears of ours, else their weights' dtype."""
-    return FP8 if operations is fp8_linear else dtype
+    """Return what the linears read: what `operations` says (FP8: quantised rows), else their weights' dtype."""
+    return getattr(operations, "INPUT_DTYPE", dtype)
 
 
 def linear(in_features, out_features, experts, *, operations, **factory):

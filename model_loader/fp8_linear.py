@@ -8,6 +8,8 @@ from torch import nn
 from ..kernels import FP8, Fp8Rows, fp8_linear, quantise_rows, quantise_weight
 from ..kernels.fp8 import padded_columns
 
+INPUT_DTYPE = FP8  # what a network's kernels are to hand these linears: Fp8Rows
+
 
 class Fp8Linear(nn.Module):
     """A bias-free Linear: weight e4m3 [out, in], both rounded up to 16, times weight_scale [out, 1] fp32.

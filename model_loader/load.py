@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..kernels import quantise_rows
 from .checkpoint import Checkpoint, CheckpointError
 from .core_vae import AudioVAE, VideoVAE
 from .detect import CONFIGS, describe
@@ -20,20 +21,20 @@ from .tokens import rotary_bands
 from .turbo_vae import TurboVAE
 
 
-def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn, keep_fp8=False):
+def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn, fp8=None):
     """Load a transformer from a file, shard or folder; `dtype` is its linears', the rest stays fp32.
 
-    path: or an open Checkpoint; variant: as `detect.describe`; keep_fp8: as `fill`. Raises CheckpointError.
+    path: or an open Checkpoint; variant: as `detect.describe`; fp8: as `fill`. Raises CheckpointError.
     """
-    return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations, keep_fp8=keep_fp8)
+    return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations, fp8=fp8)
 
 
-def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn, keep_fp8=False):
-    """Load a T5Gemma encoder from a file, shard or folder, or from an open Checkpoint; keep_fp8: as `fill`.
+def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn, fp8=None):
+    """Load a T5Gemma encoder from a file, shard or folder, or from an open Checkpoint; fp8: as `fill`.
 
     Raises CheckpointError.
     """
-    return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations, keep_fp8=keep_fp8)
+    return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations, fp8=fp8)
 
 
 def load_video_vae(path, *, dtype=torch.float32, device="cpu", operations=nn):
@@ -80,20 +81,23 @@ def linear_weights(network, config):
     return {name for name, module in linears.items() if module.weight.dtype == torch.bfloat16}
 
 
-def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operations=nn, keep_fp8=False):
+def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operations=nn, fp8=None):
     """Build a network and give it a checkpoint's tensors: cast one at a time, never copied where dtype and device fit.
 
     Every tensor under `prefix` must have a place and every place a tensor of its shape; CheckpointError otherwise.
-    keep_fp8: fp8 weights of linears are not turned into `dtype`; `operations.Linear` must load such a `weight` and,
-    beside it, `weight_scale`, fp32: one number [], or one a row [rows, 1]. Returns the network in eval mode without
-    gradients.
+    fp8: None, and every weight is turned into `dtype`; "kept", and those of linears that are fp8 in the file stay so;
+    "all", and the other linears' become float8_e4m3fn too. `operations.Linear` must load such a `weight` and, beside
+    it, `weight_scale`, fp32: one number [], or one a row [rows, 1]. Returns the network in eval mode without gradients.
     """
     wanted = expected_tensors(network, config, dtype=dtype)
     places = plan(network, checkpoint, prefix, wanted)
-    may_be_fp8 = linear_weights(network, config) if keep_fp8 else ()
+    may_be_fp8 = linear_weights(network, config) if fp8 else ()
     state = {}
     for name, ours in places.items():
         tensor, scale = checkpoint.read_scaled(name)
+        if fp8 == "all" and tensor.dtype not in FP8 and ours[0] in may_be_fp8:
+            (tensor, scale), columns = quantise_rows(multiplied_out(tensor, scale)), tensor.shape[1]
+            tensor = tensor[:, :columns]
         if tensor.dtype in FP8 and ours[0] in may_be_fp8:
             scale = torch.ones(()) if scale is None else scale
             scales = [_one_number(part) for part in scale.expand(len(tensor), 1).chunk(len(ours))]

@@ -95,9 +95,9 @@ def load_clip(path, device):
             "in the same folder. Download one from where the text encoder came from, for T5Gemma from "
             "https://huggingface.co/google/t5gemma-9b-9b-ul2."
         )
-    dtype, keep_fp8 = weight_dtype(checkpoint), stays_fp8(checkpoint)
-    operations = fp8_operations(dtype) if keep_fp8 else comfy.ops.manual_cast
-    network = load_text_encoder(checkpoint, dtype=dtype, operations=operations, keep_fp8=keep_fp8)
+    dtype, fp8 = weight_dtype(checkpoint), "kept" if stays_fp8(checkpoint) else None
+    operations = fp8_operations(dtype) if fp8 else comfy.ops.manual_cast
+    network = load_text_encoder(checkpoint, dtype=dtype, operations=operations, fp8=fp8)
     target = comfy.supported_models_base.ClipTarget(
         tokenizer=lambda **_: PromptTokenizer(definition), clip=lambda **_: PromptEncoder(network, dtype)
     )

@@ -1,4 +1,4 @@
-"""Networks whose fp8 weights stay fp8 in memory: ComfyUI core's quantised linears, dequantised a layer at a time."""
+"""Networks whose weights are fp8 in memory: ComfyUI core's quantised linears, dequantised a layer at a time or not."""
 
 import json
 import logging
@@ -7,32 +7,49 @@ import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import torch
+from torch.cuda import get_device_capability as capability
+from torch.nn.functional import linear
 
+from ..kernels import FP8, Fp8Rows, fp8_linear, quantise_rows
+from ..kernels.dispatch import FP8_CAPABILITY
+from ..kernels.fp8 import dequantise_rows
 from ..model_loader.layouts import holds_fp8
+
+
+def why_not_fp8():
+    """Return why weights cannot be fp8 in memory here, or None."""
+    device = comfy.model_management.get_torch_device()
+    if not comfy.model_management.supports_cast(device, FP8):
+        return f"{device} does not know fp8"
+    if not issubclass(comfy.quant_ops.QuantizedTensor, torch.Tensor):  # core's stand-in
+        return "comfy-kitchen is missing (install ComfyUI's requirements.txt)"
+    return None
 
 
 def stays_fp8(checkpoint):
     """Tell whether the weights of an open Checkpoint are fp8 and can stay so; where they cannot, the log says why."""
-    device = comfy.model_management.get_torch_device()
     if not holds_fp8(checkpoint):
         return False
-    if not comfy.model_management.supports_cast(device, torch.float8_e4m3fn):
-        fault = f"{device} does not know fp8"
-    elif not issubclass(comfy.quant_ops.QuantizedTensor, torch.Tensor):  # core's stand-in
-        fault = "comfy-kitchen is missing (install ComfyUI's requirements.txt)"
-    else:
-        return True
-    logging.warning("%s: its fp8 weights do not stay fp8 and take more memory, because %s.", checkpoint.label, fault)
-    return False
+    fault = why_not_fp8()
+    if fault:
+        logging.warning(
+            "%s: its fp8 weights do not stay fp8 and take more memory, because %s.", checkpoint.label, fault
+        )
+    return fault is None
 
 
-def fp8_operations(compute_dtype):
-    """Return operations like comfy.ops.manual_cast whose Linears in `compute_dtype` load what `load.fill` keeps in fp8.
+def multiplies_fp8(device):
+    """Tell whether a card multiplies fp8 matrices with a scale for each row; elsewhere bf16 does it, more slowly."""
+    return device.type == "cuda" and torch.version.hip is None and capability(device) >= FP8_CAPABILITY
+
+
+def fp8_operations(compute_dtype, fast=False):
+    """Return operations like comfy.ops.manual_cast whose Linears in `compute_dtype` load what `load.fill` has in fp8.
 
     The weights are core's QuantizedTensor, so that its offload, weight streaming and LoRA know them. They are turned
-    into the input's dtype when a layer runs, never multiplied as fp8: inputs in fp8 too would make the error a quarter
-    to a half larger, and only layers with a sixth of the full-size model's work have the sizes, multiples of 16, that
-    cards multiply in fp8.
+    into the input's dtype when a layer runs; or, where `fast`, multiplied as fp8 with inputs quantised row by row. That
+    makes nano's error a quarter to a half larger. Core's own fp8 products have one scale for all rows, and only sizes
+    that are multiples of 16: a sixth of the full-size model's work.
     """
     from .fp8_rows import use_row_scales
 
@@ -43,20 +60,43 @@ def fp8_operations(compute_dtype):
             super().__init__(in_features, out_features, bias)  # no device: core would bring the loaded weight there
 
         def _load_from_state_dict(self, state_dict, prefix, *args):
-            scale = state_dict.get(f"{prefix}weight_scale")
+            weight, scale = state_dict[f"{prefix}weight"], state_dict.get(f"{prefix}weight_scale")
+            if fast and scale is not None and weight.dtype != FP8:  # e5m2
+                rows = quantise_rows(weight.float() * scale)
+                weight, scale = rows.values[:, : self.in_features], rows.scale
+                state_dict.update({f"{prefix}weight": weight, f"{prefix}weight_scale": scale})
             if scale is not None:
-                form = json.dumps({"format": str(state_dict[f"{prefix}weight"].dtype).removeprefix("torch.")})
+                form = json.dumps({"format": str(weight.dtype).removeprefix("torch.")})
                 state_dict[f"{prefix}comfy_quant"] = torch.tensor(list(form.encode()), dtype=torch.uint8)
             super()._load_from_state_dict(state_dict, prefix, *args)
-            if scale is not None and scale.ndim:
-                use_row_scales(self)
+            if scale is not None and (scale.ndim or fast):
+                use_row_scales(self, padded=fast)
 
-    def linear(in_features, out_features, bias=True, *, dtype, device):
+    class FastLinear(Fp8Linear):
+        def forward(self, x):
+            if not isinstance(self.weight, comfy.quant_ops.QuantizedTensor):  # one that the file has wide
+                return super().forward(x)
+            comfy.ops.run_every_op()
+            rows = x if isinstance(x, Fp8Rows) else quantise_rows(x)
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                self, dtype=compute_dtype, device=rows.values.device, bias_dtype=compute_dtype, offloadable=True,
+                compute_dtype=compute_dtype, want_requant=True,
+            )  # fmt: skip
+            if isinstance(weight, comfy.quant_ops.QuantizedTensor):
+                held = Fp8Rows(weight._qdata, weight._params.scale)
+                out = fp8_linear(rows, held, self.out_features, compute_dtype)
+            else:  # with a LoRA that is added as the layer runs
+                out = linear(dequantise_rows(rows, self.in_features).to(compute_dtype), weight)
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return out
+
+    def choose(in_features, out_features, bias=True, *, dtype, device):
         if dtype == compute_dtype:
-            return Fp8Linear(in_features, out_features, bias)
+            return (FastLinear if fast else Fp8Linear)(in_features, out_features, bias)
         return comfy.ops.manual_cast.Linear(in_features, out_features, bias, dtype=dtype, device=device)
 
     class Operations(comfy.ops.manual_cast):
-        Linear = staticmethod(linear)
+        Linear = staticmethod(choose)
+        INPUT_DTYPE = FP8 if fast else compute_dtype
 
     return Operations

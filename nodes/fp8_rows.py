@@ -3,22 +3,37 @@
 import comfy.float
 import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, TensorCoreFP8Layout, register_layout_class
+from torch.nn.functional import pad
+
+from ..kernels.fp8 import padded_columns
 
 NAME = "HappyHorseRowScaledFP8"
 
 
 class RowScaledFP8(QuantizedLayout):
-    """fp8 [rows, columns] and fp32 scales [rows, 1]; every operation on it is one on the dequantised matrix."""
+    """fp8 [rows, columns] and fp32 scales [rows, 1]; every operation on it is one on the dequantised matrix.
+
+    What is stored may be larger than the matrix, with zeros, so that cards can multiply it: see `padded`.
+    """
 
     Params = TensorCoreFP8Layout.Params
 
     @classmethod
-    def quantize(cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False):
-        """Return (float8_e4m3fn, Params): core asks for it after a LoRA, with a seed; scales are always chosen anew."""
+    def quantize(cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False, storage=None):
+        """Return (float8_e4m3fn, Params): core asks for it after a LoRA, with a seed; scales are always chosen anew.
+
+        storage: the shape to store, where it is larger.
+        """
         scale = tensor.abs().amax(1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
         scale = torch.where(scale > 0, scale, 1)
         rounded = comfy.float.stochastic_rounding(tensor / scale, torch.float8_e4m3fn, seed=stochastic_rounding)
+        rounded, scale = enlarged(rounded, scale, storage or tensor.shape)
         return rounded, cls.Params(scale=scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor):
+        """Return what `quantize` has to know of the tensor whose place the new one takes."""
+        return {"storage": qtensor.storage_shape}
 
     @classmethod
     def dequantize(cls, qdata, params):
@@ -36,9 +51,24 @@ class RowScaledFP8(QuantizedLayout):
         return {"": qdata, "_scale": params.scale}
 
 
-def use_row_scales(linear):
-    """Give a quantised Linear of core's, loaded with scales [rows, 1], the layout that knows what they are."""
+def enlarged(values, scale, shape):
+    """Return fp8 values and their scales [rows, 1], or [], with zeros up to `shape`, one scale a row."""
+    rows, columns = (wanted - have for wanted, have in zip(shape, values.shape, strict=True))
+    if not rows and not columns:
+        return values, scale.expand(len(values), 1)
+    values = pad(values.view(torch.uint8), (0, columns, 0, rows)).view(values.dtype)  # torch does not pad fp8
+    return values, pad(scale.expand(len(values) - rows, 1), (0, 0, 0, rows), value=1.0)
+
+
+def use_row_scales(linear, padded=False):
+    """Give a quantised Linear of core's the layout that knows scales [rows, 1].
+
+    padded: what is stored gets rows and columns to multiples of 16, as fp8 matmuls want them.
+    """
     register_layout_class(NAME, RowScaledFP8)
     linear.layout_type = NAME
-    stored = QuantizedTensor(linear.weight._qdata, NAME, linear.weight._params)
-    linear.weight = torch.nn.Parameter(stored, requires_grad=False)
+    values, params = linear.weight._qdata, linear.weight._params
+    shape = tuple(padded_columns(size) for size in values.shape) if padded else values.shape
+    values, scale = enlarged(values, params.scale, shape)
+    params = RowScaledFP8.Params(scale=scale, orig_dtype=params.orig_dtype, orig_shape=params.orig_shape)
+    linear.weight = torch.nn.Parameter(QuantizedTensor(values, NAME, params), requires_grad=False)

@@ -182,16 +182,18 @@ def check_conditions(config, text, shapes, first_image):
         )
 
 
-def load_model(path, weight_dtype, variant=None, keep_fp8=False, disable_dynamic=False):
+def load_model(path, weight_dtype, variant=None, fp8=None, disable_dynamic=False):
     """Read a DiT file or sharded folder into a MODEL (ModelPatcher) whose model knows its `variant`.
 
-    weight_dtype: of the linears, or, for fp8 weights where `keep_fp8`, what they are turned into when a layer runs.
+    weight_dtype: of the linears, or what their fp8 weights are turned into when a layer runs. fp8: as `load.fill`, or
+    "fast", which is "all" with products in fp8.
     variant: None or the user's choice, as `detect.describe`; `disable_dynamic` is core's, for weight hooks.
     """
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
-    operations = fp8_operations(weight_dtype) if keep_fp8 else comfy.ops.disable_weight_init
-    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, keep_fp8=keep_fp8)
+    operations = fp8_operations(weight_dtype, fp8 == "fast") if fp8 else comfy.ops.disable_weight_init
+    kept = "all" if fp8 == "fast" else fp8
+    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, fp8=kept)
     model = HappyHorse(network, weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
@@ -202,7 +204,7 @@ def load_model(path, weight_dtype, variant=None, keep_fp8=False, disable_dynamic
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant, keep_fp8))
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant, fp8))
     return patcher
 
 

@@ -1,11 +1,14 @@
 """Random weights of nano's architecture, and ComfyUI set up in this process on the CPU."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parent))  # for fp8_checks
 cli_args = pytest.importorskip("comfy.cli_args", reason="no ComfyUI: set COMFYUI_PATH, or `python3 run.py test`")
 cli_args.args.cpu = True
 
@@ -106,6 +109,23 @@ def model_of(tmp_path_factory):
         return load_model(folder / f"{variant}.safetensors", torch.float32)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fp8_files(weights, tmp_path_factory):
+    """The tiny transformer in fp8, by style: {style: path}."""
+    from fp8_checks import write_styles
+
+    return write_styles(weights / files.MODEL.nano, tmp_path_factory.mktemp("fp8"))
+
+
+@pytest.fixture(scope="session")
+def lora(weights):
+    """A LoRA for the tiny transformer, and the deltas it means: {layer: [rows, columns]}."""
+    from fp8_checks import make_lora
+    from pack.model_loader.load import load_dit
+
+    return make_lora(load_dit(weights / files.MODEL.nano))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from fp8_checks import BAR, SHARED, STYLES, block_bytes, forward, nano_inputs, relative
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.convert import convert
 from pack.model_loader.load import load_dit, load_text_encoder, tokenizer_json
@@ -18,61 +19,15 @@ from pack.nodes import files, loaders
 from pack.nodes.clip import load_clip
 from pack.nodes.host import load_model
 from pack.nodes.loaders import LoadModel
-from pack.nodes.lora import register_lora_names
 from pack.nodes.sampling import Sampler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
-BAR = 0.04  # relative RMS a forward, fp8 against what it was made from
-
-
-def is_linear(name):
-    return name.startswith("block.") and "norm" not in name
-
-
-@pytest.fixture(scope="module")
-def fp8_files(weights, tmp_path_factory):
-    """The tiny transformer in fp8, by style: {style: path}."""
-    folder, source = tmp_path_factory.mktemp("fp8"), weights / files.MODEL.nano
-    convert(source, folder / "ours.safetensors", "fp8")
-    metadata = Checkpoint.open(source).metadata
-    plain, wide, magihuman, rows = ({} for _ in range(4))
-    for name, tensor in load_file(source).items():
-        for tensors in (plain, wide, magihuman, rows):
-            tensors[name] = tensor
-        if is_linear(name):
-            plain[name], wide[name] = tensor.to(torch.float8_e4m3fn), tensor.to(torch.float8_e5m2)
-            for tensors, scale, ending in (
-                (magihuman, tensor.abs().max() / 448, ".__fp8_scale"),
-                (rows, tensor.abs().amax(1, keepdim=True) / 448, "_scale"),
-            ):
-                tensors[name], tensors[name + ending] = (tensor / scale).to(torch.float8_e4m3fn), scale
-    for name, tensors in {"plain": plain, "wide": wide, "magihuman": magihuman, "rows": rows}.items():
-        save_file(tensors, folder / f"{name}.safetensors", metadata)
-    return {path.stem: path for path in folder.iterdir()}
-
-
-STYLES = ["ours", "magihuman", "plain", "rows", "wide"]
-
-
-def relative(found, wanted):
-    """Return the relative RMS of two networks' outputs, the larger of picture and sound."""
-    return max(((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in zip(found, wanted, strict=True))
-
-
-def forward(network):
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((1, 48, 2, 4, 6), (1, 5, 64), (1, 7, network.config.text_in_channels))
-    return network(*(torch.randn(shape, generator=generator) for shape in shapes))
-
-
-def block_bytes(network):
-    return comfy.model_management.module_size(network.block)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_it_takes_half_the_memory_and_means_the_same(fp8_files, style):
-    kept = load_model(fp8_files[style], torch.float32, keep_fp8=True)
+    kept = load_model(fp8_files[style], torch.float32, fp8="kept")
     network, out = kept.model.diffusion_model, load_dit(fp8_files[style], dtype=torch.float32)
     half = block_bytes(load_dit(fp8_files[style], dtype=torch.bfloat16)) / 2
     assert half < block_bytes(network) < 1.06 * half  # norms stay fp32; scales and the format's name
@@ -83,7 +38,7 @@ def test_it_takes_half_the_memory_and_means_the_same(fp8_files, style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_computed_in_bf16_it_is_as_near_as_bf16_is(fp8_files, style):
-    kept = load_model(fp8_files[style], torch.bfloat16, keep_fp8=True)
+    kept = load_model(fp8_files[style], torch.bfloat16, fp8="kept")
     network, out = kept.model.diffusion_model, forward(load_dit(fp8_files[style], dtype=torch.bfloat16))
     assert network.adapter.text_embedder.weight.dtype == network.final_linear_video.weight.dtype == torch.float32
     assert relative(forward(network), out) < 0.01
@@ -93,13 +48,8 @@ def test_nano_in_fp8_is_within_the_bar(tmp_path):
     """On pure noise, as the first step sees it, in bf16. Random weights are further off: fp8 has three bits."""
     nano = files.NANO_WEIGHTS / files.MODEL.nano
     convert(nano, tmp_path / "nano_dit.safetensors", "fp8")
-    text_encoder = files.NANO_WEIGHTS / files.TEXT_ENCODER.nano
-    clip = load_clip(text_encoder, "default")
-    text = clip.encode_from_tokens_scheduled(clip.tokenize("A red ball bounces. It beeps."))[0][0]
-    generator = torch.Generator().manual_seed(1)
-    noise = (torch.randn(shape, generator=generator) for shape in ((1, 48, 13, 6, 6), (1, 51, 64)))
-    inputs = (*noise, text)
-    kept = load_model(tmp_path / "nano_dit.safetensors", torch.bfloat16, keep_fp8=True).model.diffusion_model
+    inputs = nano_inputs()
+    kept = load_model(tmp_path / "nano_dit.safetensors", torch.bfloat16, fp8="kept").model.diffusion_model
     assert 0 < relative(kept(*inputs), load_dit(nano)(*inputs)) < BAR
 
 
@@ -149,9 +99,11 @@ def test_where_fp8_cannot_stay_it_is_multiplied_out_and_the_log_says_why(
     assert model.model.diffusion_model.block.layers[1].mlp.down_proj.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_streamed_weights_give_the_same(fp8_files, style):
-    patcher = load_model(fp8_files[style], torch.bfloat16, keep_fp8=True)
+@pytest.mark.parametrize(
+    ("style", "mode"), [*((style, "kept") for style in STYLES), ("ours", "fast"), ("rows", "fast")]
+)
+def test_streamed_weights_give_the_same(fp8_files, style, mode):
+    patcher = load_model(fp8_files[style], torch.bfloat16, fp8=mode)
     network = patcher.model.diffusion_model
     whole = forward(network)
     patcher.load(CPU, lowvram_model_memory=1)
@@ -164,42 +116,19 @@ def test_streamed_weights_give_the_same(fp8_files, style):
 def test_seeds_are_reproducible(fp8_files, latent, prompt):
     runs = []
     for _ in range(2):
-        model = load_model(fp8_files["ours"], torch.bfloat16, keep_fp8=True)
+        model = load_model(fp8_files["ours"], torch.bfloat16, fp8="kept")
         runs += [Sampler.execute(model, prompt, latent, 3, 2, 5.0).args[0]["samples"].unbind() for _ in range(2)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-SHARED, EXPERTS = "block.layers.1.mlp.down_proj", "block.layers.0.attention.linear_proj"
-ATTENTION = "block.layers.1.attention"
 STRENGTH = 0.7
-
-
-@pytest.fixture(scope="module")
-def lora(weights):
-    """A LoRA on a shared layer, a stacked one of experts and the v rows of a fused one; the deltas it means."""
-    register_lora_names()
-    network = load_dit(weights / files.MODEL.nano)
-    generator = torch.Generator().manual_seed(7)
-    file, deltas = {}, {}
-
-    def pair(name, rows, width):
-        up, down = (torch.randn(shape, generator=generator) * 0.2 for shape in ((rows, 4), (4, width)))
-        file[f"transformer.{name}.lora_B.weight"], file[f"transformer.{name}.lora_A.weight"] = up, down
-        return up @ down
-
-    deltas[SHARED] = pair(SHARED, *network.get_submodule(SHARED).weight.shape)
-    for expert, delta in zip(("video", "audio", "text"), pair(EXPERTS, 3 * 64, 64).chunk(3), strict=True):
-        deltas[f"{EXPERTS}.{expert}"] = delta
-    deltas[f"{ATTENTION}.linear_qkv"] = torch.zeros(132, 64)
-    deltas[f"{ATTENTION}.linear_qkv"][96:128] = pair(f"{ATTENTION}.linear_v", 32, 64)
-    return file, deltas
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_lora_is_added_to_the_weights_and_taken_off_again(fp8_files, lora, style):
     """Merged, the sum is rounded to fp8 anew, each time alike; streamed, it is added in full as the layer runs."""
     file, deltas = lora
-    model = load_model(fp8_files[style], torch.float32, keep_fp8=True)
+    model = load_model(fp8_files[style], torch.float32, fp8="kept")
     network, by_hand = model.model.diffusion_model, load_dit(fp8_files[style], dtype=torch.float32)
     before = forward(network)
     for layer, delta in deltas.items():
