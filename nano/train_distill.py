@@ -2,12 +2,14 @@
 
     python as_package.py nano.train_distill
 
-The teacher walks from noise to a clip in small guided steps. At each of the sampler's own noise levels the student
-learns to predict, in one step, where that walk ends.
+The teacher walks from noise to a clip in guided steps. At each of the sampler's own noise levels the student learns to
+predict, in one step, where that walk ends. Then it learns from its own mistakes: where the sampler, which noises afresh
+whatever the student predicts, has brought it, the teacher takes over and shows where it should end.
 """
 
 import argparse
 import copy
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from .train_dit import CONFIG, EVERYTHING, FIRST_FRAME, Examples, draw_mode, noi
 from .training import RUNS, WEIGHTS, bf16_matmuls, plain_attention, train
 
 STEPS = 8
+LATE = range(3, STEPS)  # the noise levels at which a state has enough of the student's doing in it to differ
 
 
 def load_teacher():
@@ -55,9 +58,28 @@ def walk(velocity, video, audio, sigmas, image_given=False, sound_given=False):
         yield video, audio
 
 
+@torch.no_grad()
+def own_states(velocity, video, audio, sigmas, image_given=False, sound_given=False):
+    """Return the (video, audio) that the distilled sampler shows its network at every one of `sigmas` but the last.
+
+    velocity: the student's, function(video, audio) -> both velocities; given and returned like `walk`'s.
+    """
+    first, sound, states = video[:, :, :1].clone(), audio, []
+    for sigma, following in pairwise(sigmas):
+        states.append((video, audio))
+        v_video, v_audio = velocity(video, audio)
+        level = following.expand(len(video))
+        video, _ = noised(video - sigma * v_video, level)
+        audio = sound if sound_given else noised(audio - sigma * v_audio, level)[0]
+        if image_given:
+            video[:, :, :1] = first
+    return states
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="eight to a walk of the teacher")
+    parser.add_argument("--steps", type=int, default=640, help="eight to a walk of the teacher")
+    parser.add_argument("--own-steps", type=int, default=1600, help="then so many from the student's own states")
     parser.add_argument("--clips", type=int, default=2400)
     parser.add_argument("--guidance", type=float, default=2.0, help="the teacher's; 1 for none, at half the cost")
     parser.add_argument("--teacher-steps", type=int, default=1, help="Euler steps from one noise level to the next")
@@ -65,30 +87,55 @@ def main():
     examples, teacher = Examples(options.clips), load_teacher()
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     levels, fine = flow_sigmas(STEPS), flow_sigmas(STEPS * options.teacher_steps)
-    walks = {}  # of the current one: its number -> (text, image given, sound given, the latents at every level)
+    walks = {}  # the current one, under its kind and number
 
-    def teacher_walk(number):
-        rng = np.random.default_rng((61, number))
-        video, audio, text = examples.draw(rng, progress=1.0)
+    def start_of(number, stream, share=1):
+        """Return noise to start from with all that is given, for the 1 / `share` first clips of a batch."""
+        rng = np.random.default_rng((stream, number))
+        video, audio, text = (part[: len(part) // share] for part in examples.draw(rng, progress=1.0))
         image_given, sound_given = draw_mode(rng)
         start = levels[0].expand(len(video))
         x_video, _ = noised(video, start, FIRST_FRAME if image_given else None)
         x_audio, _ = noised(audio, start, EVERYTHING if sound_given else None)
+        return (x_video, x_audio), text, (image_given, sound_given)
 
+    def guided(text):
         def velocity(video, audio):
             with bf16_matmuls():
                 return guided_velocity(teacher, video, audio, text, examples.empty, options.guidance)
 
-        states = list(walk(velocity, x_video, x_audio, fine, image_given, sound_given))
-        return text, image_given, sound_given, states[:: options.teacher_steps]
+        return velocity
+
+    def teacher_walk(number):
+        """Return text, what is given, and {level: (state, where the teacher's walk through it ends)}."""
+        start, text, given = start_of(number, 61)
+        *states, end = list(walk(guided(text), *start, fine, *given))[:: options.teacher_steps]
+        return text, given, {level: (state, end) for level, state in enumerate(states)}
+
+    def own_walk(number):
+        """Do the same for the late levels of a walk of the student's, each with the teacher's end from there."""
+        start, text, given = start_of(number, 62, share=2)
+
+        def velocity(video, audio):
+            with bf16_matmuls():
+                return student(video, audio, text, attention=plain_attention)
+
+        states = own_states(velocity, *start, levels, *given)
+        ends = {level: list(walk(guided(text), *states[level], levels[level:], *given))[-1] for level in LATE}
+        return text, given, {level: (states[level], ends[level]) for level in LATE}
+
+    def lesson(step):
+        """Return the walk that a step belongs to, kept while it serves, and the step's noise level."""
+        own = step >= options.steps
+        number, turn = divmod(step - options.steps if own else step, len(LATE) if own else STEPS)
+        if (own, number) not in walks:
+            walks.clear()
+            walks[own, number] = own_walk(number) if own else teacher_walk(number)
+        return walks[own, number], LATE[turn] if own else turn
 
     def loss_of_step(step):
-        number, level = divmod(step, STEPS)
-        if number not in walks:
-            walks.clear()
-            walks[number] = teacher_walk(number)
-        text, image_given, sound_given, states = walks[number]
-        (x_video, x_audio), (end_video, end_audio) = states[level], states[-1]
+        (text, (image_given, sound_given), pairs), level = lesson(step)
+        (x_video, x_audio), (end_video, end_audio) = pairs[level]
         with bf16_matmuls():
             got_video, got_audio = student(x_video, x_audio, text, attention=plain_attention)
         # the error of the predicted clip, in units of velocity
@@ -102,11 +149,11 @@ def main():
         "dit_student",
         student,
         loss_of_step,
-        steps=options.steps,
+        steps=options.steps + options.own_steps,
         peak_rate=8e-4,
         warmup=30,
         ema=0.995,
-        save_every=80,
+        save_every=80,  # whole walks of either kind: eight and five steps
         weight_decay=0.0,
     )
     save_part(WEIGHTS / "nano_dit.safetensors", to_bf16_linears(student), "dit", CONFIG, "distill")

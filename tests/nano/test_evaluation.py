@@ -1,13 +1,17 @@
 """What nano is judged by: the graphs that make the clips, and a soundtrack that is followed or not."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from pack.launch import ROOT
 from pack.nano import world
 from pack.nano.cases import draw_cases, workflow
 from pack.nano.evaluate import Tally
+from pack.nano.train_super_resolution import OWN_START
 
+NODE = "HappyHorseSuperResolution"
 SPECIAL = {"HappyHorseFirstImage", "HappyHorseSoundtrack"}
 
 
@@ -37,3 +41,9 @@ def test_a_soundtrack_is_followed_by_its_own_clip_and_not_by_a_shifted_one(numbe
         tally = Tally()
         tally.judge(case, pixels, heard, world.SAMPLE_RATE)
         assert tally.values["follows the soundtrack"] == [follows]
+
+
+def test_the_template_refines_as_the_evaluation_does():
+    graph = json.loads((ROOT / "workflows" / "api" / "nano_super_resolution.json").read_text("utf-8"))
+    (inputs,) = [node["inputs"] for node in graph.values() if node["class_type"] == NODE]
+    assert {name: inputs[name] for name in OWN_START} == OWN_START

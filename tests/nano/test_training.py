@@ -5,10 +5,11 @@ import torch
 from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
 from pack.nano import training
-from pack.nano.train_distill import walk
+from pack.nano.train_distill import own_states, walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
 from pack.nano.train_super_resolution import on_the_path, pixel_metric
 from pack.nano.train_video_vae import CHANNELS
+from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
 
 
@@ -94,6 +95,44 @@ def test_a_walk_along_the_true_velocity_ends_at_the_clip():
         assert torch.equal(x_video[:, :, :1], first)
     *_, (_, kept) = walk(lambda v, a: (v, a), *start, sigmas, sound_given=True)
     assert torch.equal(kept, start[1])
+
+
+def test_own_states_are_those_that_the_samplers_network_sees():
+    """Against the sampler itself, fed the same noise: with and without what is given."""
+    torch.manual_seed(0)
+    start = torch.zeros(2, 48, 3, 2, 2), torch.randn(2, 5, 64)
+    start[0][:, :CHANNELS] = torch.randn(2, CHANNELS, 3, 2, 2)
+    image = start[0][:, :, :1].clone()
+    velocity = lambda v, a: (0.7 * v, a.flip(1))  # noqa: E731
+    sigmas = flow_sigmas(8)
+    for given in ({"image_given": False, "sound_given": False}, {"image_given": True, "sound_given": True}):
+        seen = []
+
+        def network(video, audio, sigma, seen=seen):
+            seen.append((video, audio))
+            return velocity(video, audio)
+
+        def noise(like):
+            drawn = torch.randn_like(like)
+            if like.ndim == 5:
+                drawn[:, CHANNELS:] = 0
+            return drawn
+
+        torch.manual_seed(1)
+        states = own_states(velocity, *start, sigmas, **given)
+        if given["sound_given"]:  # the sampler draws no noise for a sound that stays, so later pictures differ
+            states = states[:1]
+        torch.manual_seed(1)
+        denoise_renoise(
+            network, *start, sigmas, noise=noise, keep_audio=given["sound_given"],
+            image=image if given["image_given"] else None,
+        )  # fmt: skip
+        for mine, theirs in zip(states, seen, strict=False):
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    states = own_states(velocity, *start, sigmas, image_given=True, sound_given=True)
+    assert len(states) == 8
+    assert all(torch.equal(video[:, :, :1], image) and torch.equal(audio, start[1]) for video, audio in states)
 
 
 def test_super_resolutions_path_leads_from_the_start_to_the_large_clip():
