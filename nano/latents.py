@@ -90,7 +90,7 @@ def empty_prompt():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=2400)
+    parser.add_argument("--clips", type=int, default=12000)
     video, audio = encode_clips(parser.parse_args().clips)
     print(
         "video", video.shape, "std", float(np.float32(video[:200]).std()), "audio", float(np.float32(audio[:200]).std())

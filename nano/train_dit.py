@@ -114,8 +114,8 @@ def to_bf16_linears(dit):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--clips", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--clips", type=int, default=12000)
     parser.add_argument("--from-weights", action="store_true", help="begin with those of nano/weights, not at random")
     options = parser.parse_args()
     examples = Examples(options.clips)

@@ -227,7 +227,7 @@ def main():
     parser.add_argument("--image-steps", type=int, default=1500)
     parser.add_argument("--clip-steps", type=int, default=700)
     parser.add_argument("--decoder-steps", type=int, default=3400)
-    parser.add_argument("--together-steps", type=int, default=2000)
+    parser.add_argument("--together-steps", type=int, default=2600)
     parser.add_argument("--from", dest="stage", choices=("decoder", "together"), help="go on from nano/weights here")
     options = parser.parse_args()
     quicken_video_vae()
