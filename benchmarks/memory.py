@@ -75,21 +75,30 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.peak, self._alive, self._given = 0, {}, set()
+        self.peak, self._alive, self._given = 0, {}, {}  # address -> (weak reference, bytes); address -> weak reference
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         """Run one operation and count what it made."""
-        given = [t.untyped_storage()._cdata for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)]
-        self._given.update(key for key in given if key not in self._alive)
+        self._forget_the_dead()  # before a dead one's address is taken for another
+        for storage in storages((arguments, options)):
+            if storage._cdata not in self._alive:
+                self._given[storage._cdata] = StorageWeakRef(storage)
         result = function(*arguments, **(options or {}))
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive and storage._cdata not in self._given:
-                    self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._forget_the_dead()
+        for storage in storages(result):
+            if storage._cdata not in self._alive and storage._cdata not in self._given:
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
+
+    def _forget_the_dead(self):
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self._given = {key: storage for key, storage in self._given.items() if not storage.expired()}
+
+
+def storages(values):
+    """Return the storages of the tensors in nested containers."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 @torch.no_grad()

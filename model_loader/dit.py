@@ -1,5 +1,7 @@
 """The transformer: noisy video and audio latents and text features in, velocities of both latents out."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -44,18 +46,19 @@ class DiT(nn.Module):
         layout = TokenLayout.of(video, audio, text)
         rotary = rotary_table(layout, self.config.positions, self.config.head_dim, video.device)
 
-        def run(part, x):
-            for layer in self.block.layers[part]:
+        def run(layers, x):
+            for layer in layers:
                 x = layer(x, layout, rotary, attention or grouped_attention)
             return x
 
-        x = self.adapter(patchify(video), audio, text)
-        entered = run(slice(self.middle.start), x)
-        if step_cache is None:
-            x = run(self.middle, entered)
-        else:
-            x = step_cache(entered - x, entered, lambda x: run(self.middle, x))
-        x = run(slice(self.middle.stop, None), x)
+        x, layers = self.adapter(patchify(video), audio, text), list(self.block.layers)
+        if step_cache is not None:  # at the cost of holding on to what enters the middle layers
+            entered = run(layers[: self.middle.start], x)
+            x = step_cache(entered - x, entered, functools.partial(run, layers[self.middle]))
+            del entered
+            layers = layers[self.middle.stop :]
+        for layer in layers:
+            x = layer(x, layout, rotary, attention or grouped_attention)
         x_video, x_audio, _ = x.split(layout.spans, dim=1)
         v_video = self.final_linear_video(self.final_norm_video(x_video))
         v_audio = self.final_linear_audio(self.final_norm_audio(x_audio))

@@ -1,5 +1,6 @@
 """Predicted memory: against published sizes and counted tensors, and what is said where a card is too small."""
 
+import numpy as np
 import pytest
 import torch
 from pack.benchmarks.memory import LiveBytes, forward_bytes, main, step_bytes
@@ -56,6 +57,11 @@ def test_counting_live_bytes():
         del a
         torch.cat([b, b, b])  # 2000 + 6000, where `a` would have made 12000
     assert live.peak == 8000
+    with LiveBytes() as live:
+        for _ in range(20):  # whose addresses the next ones may get
+            torch.from_numpy(np.zeros(1000, np.float32)).view(10, 100)
+        made = [torch.zeros(1000) for _ in range(20)]
+    assert live.peak == 4000 * len(made)
 
 
 def test_what_waits_in_ram():
