@@ -70,16 +70,8 @@ def extents(mask):
 def find_contacts(bottom, shown):
     """Return the times (seconds) at which the thing's lower edge, in pixel rows, arrives at the floor."""
     down = shown & (bottom >= FLOOR - 3)
-    times, start = [], None
-    for frame, touching in enumerate(list(down) + [False]):
-        if touching and start is None:
-            start = frame
-        elif not touching and start is not None:
-            if start > 0:  # a thing that lies there from the beginning has not arrived
-                touched = frame - start  # up to three frames are one bounce, more is rest: it arrived in the first
-                times.append((start + ((touched - 1) / 2 if touched <= 3 else 0)) / FPS)
-            start = None
-    return np.array(times)
+    arrived = down[1:] & ~down[:-1]  # a thing that lies there from the beginning has not arrived
+    return (np.flatnonzero(arrived) + 1) / FPS
 
 
 def find_tones(sound, rate):

@@ -18,6 +18,7 @@ from ..model_loader.dit import DiT
 from ..model_loader.load import save_part
 from ..sampler.schedule import flow_sigmas
 from . import preview
+from .pixel_metric import nano_metric, weighted_square
 from .train_dit import CONFIG, EVERYTHING, FIRST_FRAME, Examples, draw_mode, noised, to_bf16_linears
 from .training import RUNS, WEIGHTS, bf16_matmuls, plain_attention, train
 
@@ -85,6 +86,7 @@ def main():
     parser.add_argument("--teacher-steps", type=int, default=1, help="Euler steps from one noise level to the next")
     options = parser.parse_args()
     examples, teacher = Examples(options.clips), load_teacher()
+    metric = nano_metric(examples.video)
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     levels, fine = flow_sigmas(STEPS), flow_sigmas(STEPS * options.teacher_steps)
     walks = {}  # the current one, under its kind and number
@@ -140,7 +142,8 @@ def main():
             got_video, got_audio = student(x_video, x_audio, text, attention=plain_attention)
         # the error of the predicted clip, in units of velocity
         sigma = levels[level]
-        wrong_video = (got_video - (x_video - end_video) / sigma)[:, :, 1 if image_given else 0 :].square().mean()
+        wrong = got_video - (x_video - end_video) / sigma
+        wrong_video = weighted_square(wrong[:, :, 1 if image_given else 0 :], metric)
         wrong_audio = (got_audio - (x_audio - end_audio) / sigma).square().mean()
         loss = wrong_video + (0.0 if sound_given else 0.5) * wrong_audio
         return loss, {"video": wrong_video.item(), f"video{level}": wrong_video.item()}

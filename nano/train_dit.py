@@ -1,6 +1,8 @@
 """Train nano's transformer by flow matching on the latents of the world: the many-step teacher of the distilled one.
 
-python as_package.py nano.latents; python as_package.py nano.train_dit
+    python as_package.py nano.latents; python as_package.py nano.train_dit
+
+The error of a picture's latent counts as much as the pixels that it moves, see nano/pixel_metric.py.
 """
 
 import argparse
@@ -12,6 +14,7 @@ from ..model_loader.config import DiTConfig
 from ..model_loader.dit import DiT
 from ..model_loader.load import load_dit
 from .latents import LATENTS, SOUNDS, empty_prompt, encode_clips, encode_prompts
+from .pixel_metric import nano_metric, weighted_square
 from .train_video_vae import CHANNELS
 from .training import WEIGHTS, bf16_matmuls, plain_attention, train
 
@@ -113,12 +116,13 @@ def to_bf16_linears(dit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--clips", type=int, default=12000)
     parser.add_argument("--from-weights", action="store_true", help="begin with those of nano/weights, not at random")
     options = parser.parse_args()
     examples = Examples(options.clips)
+    metric = nano_metric(examples.video)
     torch.manual_seed(0)
     if options.from_weights:
         dit = load_dit(WEIGHTS / "nano_dit.safetensors", dtype=torch.float32).train().requires_grad_(True)
@@ -134,7 +138,7 @@ def main():
         x_audio, v_audio = noised(audio, sigma, EVERYTHING if sound_given else None)
         with bf16_matmuls():
             got_video, got_audio = dit(x_video, x_audio, text, attention=plain_attention)
-        wrong_video = (got_video - v_video)[:, :CHANNELS, 1 if image_given else 0 :].square().mean()
+        wrong_video = weighted_square((got_video - v_video)[:, :, 1 if image_given else 0 :], metric)
         wrong_audio = (got_audio - v_audio).square().mean()
         loss = wrong_video + (0.0 if sound_given else 0.5) * wrong_audio
         return loss, {"video": wrong_video.item(), "audio": wrong_audio.item() if not sound_given else 0.0}

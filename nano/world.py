@@ -36,6 +36,7 @@ VOWELS = {
 SYLLABLES = tuple("m" + vowel for vowel in VOWELS)
 GRAVITY = 520.0  # pixels/s^2
 RESTITUTION = 0.80  # speed kept at a contact
+DWELL = 0.10  # seconds that a thing stays on the floor, squashed, at a contact: two or three frames, or nobody sees it
 SYLLABLE_SECONDS = 9 / FPS
 # Hz; multiples of 25, so that a steady tone repeats in every frame and is the same latent in every frame
 PITCHES = {"ball": 225, "cube": 875, "face": 150}
@@ -83,7 +84,7 @@ def draw_scene(rng, kind=None, colour=None, background=None, bounces="any", syll
 
 
 def contacts(scene, seconds):
-    """Return the contact times (seconds, ascending) of a ball or cube within the clip; empty for a face."""
+    """Return when a ball or cube arrives at the floor (seconds, ascending) within the clip; empty for a face."""
     if scene.kind == "face":
         return np.zeros(0)
     times, speed = [], np.sqrt(2 * GRAVITY * scene.drop)
@@ -91,7 +92,7 @@ def contacts(scene, seconds):
     while time < seconds and len(times) < (scene.bounces or 99) and speed > 40:
         times.append(time)
         speed *= RESTITUTION
-        time += 2 * speed / GRAVITY
+        time += DWELL + 2 * speed / GRAVITY
     return np.array(times)
 
 
@@ -103,7 +104,7 @@ def heights(scene, seconds, times):
     for number, hit in enumerate(hits):
         speed *= RESTITUTION
         after = times >= hit
-        since = times - hit
+        since = np.maximum(times - hit - DWELL, 0.0)
         flight = speed * since - GRAVITY / 2 * since**2
         last = scene.bounces is not None and number + 1 == scene.bounces
         height = np.where(after, 0.0 if last else np.maximum(flight, 0.0), height)
@@ -143,8 +144,8 @@ def render_frames(scene, frames, scale=1, first=0):
         paint_face(scene, times, x, y, skin, paint)
         return picture.clip(0, 1)
     height, hits = heights(scene, seconds, times), contacts(scene, seconds)
-    since = np.min(np.abs(times[:, None] - hits[None]), axis=1, initial=9.0)
-    squash = 1 - 0.22 * np.clip(1 - since / 0.05, 0, 1)
+    since = np.min(np.abs(times[:, None] - hits[None] - DWELL / 2), axis=1, initial=9.0)
+    squash = 1 - 0.25 * np.clip(1 - (2 * since / DWELL) ** 2, 0, 1)
     rx, ry = scene.radius / squash, scene.radius * squash
     rx, ry = rx[:, None, None], ry[:, None, None]
     cy = (FLOOR - height)[:, None, None] - ry

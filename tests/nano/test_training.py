@@ -5,9 +5,10 @@ import torch
 from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
 from pack.nano import training
+from pack.nano.pixel_metric import EVENLY, nano_metric, pixel_metric, weighted_square
 from pack.nano.train_distill import own_states, walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
-from pack.nano.train_super_resolution import on_the_path, pixel_metric
+from pack.nano.train_super_resolution import on_the_path, own_walk
 from pack.nano.train_video_vae import CHANNELS
 from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
@@ -150,3 +151,41 @@ def test_an_error_counts_as_the_pixels_it_moves():
     expected = (weights.T @ weights)[:CHANNELS, :CHANNELS]
     metric = pixel_metric(decode, torch.randn(1, 48, 2, 3, 3))
     torch.testing.assert_close(metric, expected / expected.diagonal().mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_latents_error_counts_each_cell_by_the_metric():
+    torch.manual_seed(0)
+    error, root = torch.randn(2, 48, 3, 2, 2), torch.randn(CHANNELS, CHANNELS)
+    moved = torch.einsum("oc,bcthw->bothw", root, error[:, :CHANNELS])
+    torch.testing.assert_close(weighted_square(error, root.T @ root), moved.square().mean())
+
+
+def test_nanos_metric_forgets_no_channel():
+    metric = nano_metric(torch.randn(2, 48, 5, 6, 6).numpy(), clips=2)
+    assert metric.diagonal().mean() == pytest.approx(1, abs=1e-4)
+    values = torch.linalg.eigvalsh(metric)
+    assert values[0] >= EVENLY - 1e-4 and values[-1] > 20 * values[0]
+
+
+@pytest.mark.parametrize("image_given", [False, True])
+def test_the_sampler_walks_while_it_is_taught(image_given):
+    """A network that answers right at each step has no loss and walks to the clip; one that is off learns at each."""
+    torch.manual_seed(0)
+    large, start = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4)
+    heard, seen = torch.randn(2, 5, 64), []
+    off = torch.zeros(1, requires_grad=True)
+    levels = iter(flow_sigmas(5)[:-1])
+
+    def network(x, audio):
+        assert torch.equal(audio, heard) and not x.requires_grad
+        seen.append(x)
+        return (x - large) / next(levels) + off, torch.zeros_like(audio)
+
+    loss = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
+    assert loss.item() == pytest.approx(0, abs=1e-9) and len(seen) == 5
+    assert (seen[-1] - large)[:, :, 1:].abs().mean() < (seen[0] - large)[:, :, 1:].abs().mean()
+    assert torch.equal(seen[0][:, :, :1], (large if image_given else start)[:, :, :1])
+    levels, off.data = iter(flow_sigmas(5)[:-1]), torch.ones(1)
+    loss = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
+    loss.backward()
+    assert loss.item() == pytest.approx(1) and off.grad.item() == pytest.approx(2)
