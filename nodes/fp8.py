@@ -51,7 +51,7 @@ def fp8_operations(compute_dtype, fast=False):
     makes nano's error a quarter to a half larger. Core's own fp8 products have one scale for all rows, and only sizes
     that are multiples of 16: a sixth of the full-size model's work.
     """
-    from .fp8_rows import use_row_scales
+    from .fp8_rows import PaddedRowScaledFP8, RowScaledFP8, use_row_scales
 
     core = comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype, full_precision_mm=True)
 
@@ -70,7 +70,7 @@ def fp8_operations(compute_dtype, fast=False):
                 state_dict[f"{prefix}comfy_quant"] = torch.tensor(list(form.encode()), dtype=torch.uint8)
             super()._load_from_state_dict(state_dict, prefix, *args)
             if scale is not None and (scale.ndim or fast):
-                use_row_scales(self, padded=fast)
+                use_row_scales(self, PaddedRowScaledFP8 if fast else RowScaledFP8)
 
     class FastLinear(Fp8Linear):
         def forward(self, x):

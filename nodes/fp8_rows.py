@@ -7,33 +7,25 @@ from torch.nn.functional import pad
 
 from ..kernels.fp8 import padded_columns
 
-NAME = "HappyHorseRowScaledFP8"
-
 
 class RowScaledFP8(QuantizedLayout):
-    """fp8 [rows, columns] and fp32 scales [rows, 1]; every operation on it is one on the dequantised matrix.
-
-    What is stored may be larger than the matrix, with zeros, so that cards can multiply it: see `padded`.
-    """
+    """fp8 [rows, columns] and fp32 scales [rows, 1]; every operation on it is one on the dequantised matrix."""
 
     Params = TensorCoreFP8Layout.Params
 
     @classmethod
-    def quantize(cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False, storage=None):
-        """Return (float8_e4m3fn, Params): core asks for it after a LoRA, with a seed; scales are always chosen anew.
+    def stored_shape(cls, shape):
+        """Return the shape in which a matrix of `shape` is stored."""
+        return tuple(shape)
 
-        storage: the shape to store, where it is larger.
-        """
+    @classmethod
+    def quantize(cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False):
+        """Return (float8_e4m3fn, Params): core asks for it after a LoRA, with a seed; scales are always chosen anew."""
         scale = tensor.abs().amax(1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
         scale = torch.where(scale > 0, scale, 1)
         rounded = comfy.float.stochastic_rounding(tensor / scale, torch.float8_e4m3fn, seed=stochastic_rounding)
-        rounded, scale = enlarged(rounded, scale, storage or tensor.shape)
+        rounded, scale = enlarged(rounded, scale, cls.stored_shape(tensor.shape))
         return rounded, cls.Params(scale=scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
-
-    @classmethod
-    def requantize_kwargs(cls, qtensor):
-        """Return what `quantize` has to know of the tensor whose place the new one takes."""
-        return {"storage": qtensor.storage_shape}
 
     @classmethod
     def dequantize(cls, qdata, params):
@@ -51,6 +43,15 @@ class RowScaledFP8(QuantizedLayout):
         return {"": qdata, "_scale": params.scale}
 
 
+class PaddedRowScaledFP8(RowScaledFP8):
+    """The same with zeros to multiples of 16 rows and columns, as fp8 matmuls want them."""
+
+    @classmethod
+    def stored_shape(cls, shape):
+        """Return the shape in which a matrix of `shape` is stored."""
+        return tuple(padded_columns(size) for size in shape)
+
+
 def enlarged(values, scale, shape):
     """Return fp8 values and their scales [rows, 1], or [], with zeros up to `shape`, one scale a row."""
     rows, columns = (wanted - have for wanted, have in zip(shape, values.shape, strict=True))
@@ -60,15 +61,12 @@ def enlarged(values, scale, shape):
     return values, pad(scale.expand(len(values) - rows, 1), (0, 0, 0, rows), value=1.0)
 
 
-def use_row_scales(linear, padded=False):
-    """Give a quantised Linear of core's the layout that knows scales [rows, 1].
-
-    padded: what is stored gets rows and columns to multiples of 16, as fp8 matmuls want them.
-    """
-    register_layout_class(NAME, RowScaledFP8)
-    linear.layout_type = NAME
+def use_row_scales(linear, layout=RowScaledFP8):
+    """Give a quantised Linear of core's a layout that knows scales [rows, 1]."""
+    name = f"HappyHorse{layout.__name__}"
+    register_layout_class(name, layout)
+    linear.layout_type = name
     values, params = linear.weight._qdata, linear.weight._params
-    shape = tuple(padded_columns(size) for size in values.shape) if padded else values.shape
-    values, scale = enlarged(values, params.scale, shape)
-    params = RowScaledFP8.Params(scale=scale, orig_dtype=params.orig_dtype, orig_shape=params.orig_shape)
-    linear.weight = torch.nn.Parameter(QuantizedTensor(values, NAME, params), requires_grad=False)
+    values, scale = enlarged(values, params.scale, layout.stored_shape(values.shape))
+    params = layout.Params(scale=scale, orig_dtype=params.orig_dtype, orig_shape=params.orig_shape)
+    linear.weight = torch.nn.Parameter(QuantizedTensor(values, name, params), requires_grad=False)
