@@ -107,7 +107,7 @@ def own_walk(velocity, start, heard, large, image_given, metric):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--own-steps", type=int, default=4000, help="then so many walks of the sampler's own")
+    parser.add_argument("--own-steps", type=int, default=2000, help="then so many walks of the sampler's own")
     parser.add_argument("--clips", type=int, default=800)
     options = parser.parse_args()
     pairs = Pairs(options.clips)

@@ -16,7 +16,7 @@ from pack.model_loader.text_encoder import TextEncoder
 from pack.model_loader.turbo_vae import TurboVAE
 from pack.verify.case import GOLDEN
 
-sys.path.append(str(Path(__file__).parent))  # for layouts_on_disk
+sys.path.append(str(Path(__file__).parent))  # for the files written by *_on_disk.py
 
 TINY = {
     "num_layers": 4,

@@ -4,9 +4,11 @@ import json
 import shutil
 import weakref
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
+from layouts_on_disk import is_linear, split
 from pack.model_loader import convert as module
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError, TensorHeader
 from pack.model_loader.convert import convert
@@ -16,15 +18,13 @@ from pack.model_loader.safetensors_writer import SafetensorsWriter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-QKVG = (64, 32, 32, 4)  # rows of the tiny transformer's queries, keys, values and gates
+SIZES = SimpleNamespace(
+    hidden_size=64, head_dim=16, num_query_groups=2, expert_layers=(0, 3)
+)  # of the tiny transformer
 
 
 def published(network):
     return published_tensors("dit", network.state_dict(), network.config)
-
-
-def is_linear(name):
-    return name.startswith("block.") and "norm" not in name
 
 
 def write_sharded(tensors, path):
@@ -40,20 +40,7 @@ def write_sharded(tensors, path):
 
 
 def write_split(tensors, path):
-    result = {}
-    for name, tensor in tensors.items():
-        stem = name.removesuffix(".weight")
-        if not is_linear(name):
-            result[name] = tensor
-            continue
-        experts = ("_video", "_audio", "_text") if name.split(".")[2] in "03" else ("",)
-        for expert, part in zip(experts, tensor.chunk(len(experts)), strict=True):
-            if stem.endswith("linear_qkv"):
-                letters = zip("qkvg", part.split(QKVG), strict=True)
-                result |= {f"{stem[:-3]}{letter}{expert}.weight": piece.clone() for letter, piece in letters}
-            else:
-                result[f"{stem}{expert}.weight"] = part.clone()
-    save_file(result, path / "magi_human_distill.safetensors")
+    save_file(split(tensors, SIZES), path / "magi_human_distill.safetensors")
     return path / "magi_human_distill.safetensors"
 
 
