@@ -94,12 +94,15 @@ def write_wav(path, sound, rate):
         file.writeframes((sound * 32767).round().astype("<i2").tobytes())
 
 
-def clips_from_comfyui(cases, folder):
-    """Yield (case, frames, mono sound, rate, seconds from queued to written) of clips made through ComfyUI's API."""
+def clips_from_comfyui(cases, folder, weight_dtype="default"):
+    """Yield (case, frames, mono sound, rate, seconds from queued to written) of clips made through ComfyUI's API.
+
+    folder: where the clips are written; weight_dtype: the loader's.
+    """
     with Server(os.environ["COMFYUI_PATH"], folder) as server:
         client = Client(server.url, server.check_alive)
         for case in cases:
-            values = {"text": case.prompt, "seed": case.number, "seconds": SECONDS}
+            values = {"text": case.prompt, "seed": case.number, "seconds": SECONDS, "weight_dtype": weight_dtype}
             if case.image is not None:
                 values["image"] = f"case{case.number}.png"
                 Image.fromarray(case.image).save(server.input / values["image"])

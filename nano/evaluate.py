@@ -102,10 +102,13 @@ def main():
     parser.add_argument("--teacher", action="store_true", help="judge the teacher (with --in-process)")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=1.0, help="the teacher's")
+    parser.add_argument("--weight-dtype", default="default", help="the loader's: fp8_e4m3fn, ...; not --in-process")
     parser.add_argument("--keep", type=Path, help="folder in which the clips stay")
     options = parser.parse_args()
     if options.teacher and not options.in_process:
         parser.error("--teacher needs --in-process: the teacher is no file that ComfyUI could load")
+    if options.in_process and options.weight_dtype != "default":
+        parser.error("--weight-dtype goes without --in-process: it is the loader's")
     print("| what | value | of |\n|---|---|---|")
     print(f"| VAE reconstruction PSNR dB | {reconstruction_psnr():.1f} | 12 |", flush=True)
     if (WEIGHTS / "nano_sr.safetensors").exists() and not options.teacher:
@@ -121,7 +124,8 @@ def main():
                 tally.judge(case, *make(case))
         else:
             with tempfile.TemporaryDirectory() as scratch:
-                for case, *clip, seconds in clips_from_comfyui(cases, options.keep or Path(scratch)):
+                folder = options.keep or Path(scratch)
+                for case, *clip, seconds in clips_from_comfyui(cases, folder, options.weight_dtype):
                     tally.judge(case, *clip)
                     tally.add("queued to written s" if case.number else "first clip, loading included, s", seconds)
         for name, value, count in tally.rows():

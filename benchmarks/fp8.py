@@ -1,0 +1,107 @@
+"""How far fp8 is from bf16, forward by forward: `python as_package.py benchmarks.fp8`.
+
+nano on prompts at every step of its sampler, all networks given the states of the bf16 one; and the golden
+transformers, whose weights are random. Relative RMS of either velocity, the larger of the two; the bar is 4 %.
+"""
+
+import argparse
+import copy
+import datetime
+from pathlib import Path
+
+import torch
+
+from ..kernels.fp8 import dequantise_rows, quantise_rows
+from ..model_loader.checkpoint import Checkpoint
+from ..model_loader.fp8_linear import with_fp8_linears
+from ..model_loader.load import fill
+from ..nano.cases import InProcess, draw_cases
+from ..nano.latents import LATENTS, SOUNDS
+from ..sampler.denoise import denoise_renoise, seeded_noise
+from ..sampler.schedule import flow_sigmas
+from ..verify.case import GOLDEN, Case
+from ..verify.dit import config_of
+from .measure import card_name, result_path
+
+STEPS = 8
+
+
+def with_fp8_weights(network):
+    """Return a copy of a DiT whose bf16 linears have weights rounded to fp8, one scale a row, and inputs in bf16."""
+    rounded = copy.deepcopy(network)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16:
+            module.weight.copy_(dequantise_rows(quantise_rows(module.weight), module.in_features))
+    return rounded
+
+
+def errors(networks, wanted, clip):
+    """Return the error of each network's forward of `clip` (video, audio, text) against `wanted`'s, in percent."""
+
+    def error(found):
+        return 100 * max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
+
+    return [error(network(*clip)) for network in networks]
+
+
+@torch.inference_mode()
+def of_nano(clips):
+    """Return the errors [clips, steps, 2] of nano with fp8 weights, and with fp8 inputs too."""
+    nano, found = InProcess(), []
+    networks = with_fp8_weights(nano.dit), with_fp8_linears(nano.dit)
+    for case in draw_cases(clips, "prompt"):
+        text, noise, steps = nano.text(case.prompt), seeded_noise(case.number), []
+
+        def velocity(video, audio, sigma, text=text, steps=steps):
+            wanted = nano.dit(video, audio, text)
+            steps.append(errors(networks, wanted, (video, audio, text)))
+            return wanted
+
+        start = noise(torch.empty(1, 48, LATENTS, 6, 6)), noise(torch.empty(1, SOUNDS, 64))
+        denoise_renoise(velocity, *start, flow_sigmas(STEPS), noise=noise)
+        found.append(steps)
+    return torch.tensor(found)
+
+
+@torch.inference_mode()
+def of_golden(path):
+    """Return the two errors of one golden transformer case."""
+    case = Case.read(path)
+    network = fill("dit", config_of(case), Checkpoint.of_tensors(case.weights().tensors), dtype=torch.bfloat16)
+    clip = case["in.x_t"], case["in.audio_x_t"], case["in.txt_feat"][:, : int(case["in.txt_feat_len"])]
+    return errors((with_fp8_weights(network), with_fp8_linears(network)), network(*clip), clip)
+
+
+def main(arguments=None):
+    """Measure, print the table, write it to results/, return its path."""
+    parser = argparse.ArgumentParser(prog="benchmarks.fp8", description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=None, metavar="FOLDER", help="where the table is written")
+    options = parser.parse_args(arguments)
+    lines = [
+        f"# fp8 against bf16, relative RMS of a forward in percent, {card_name(torch.device('cpu'))}, "
+        f"{datetime.date.today().isoformat()}",
+        "",
+        "| network | forwards | fp8 weights: mean, largest | fp8 weights and inputs: mean, largest |",
+        "|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+
+    def add(network, found):
+        cells = [f"{mean:.1f}, {most:.1f}" for mean, most in zip(found.mean(0), found.amax(0), strict=True)]
+        lines.append(f"| {network} | {len(found)} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+
+    nano = of_nano(options.clips)
+    for step in range(STEPS):
+        add(f"nano, step {step + 1} of {STEPS}", nano[:, step])
+    for path in sorted(GOLDEN.glob("dit_a*.json")):
+        add(f"golden {path.stem}", torch.tensor([of_golden(path)]))
+    path = result_path("fp8-against-bf16", torch.device("cpu"), options.out)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
