@@ -22,7 +22,7 @@ import torch
 from ..model_loader.load import load_dit
 from ..sampler.denoise import denoise_renoise, seeded_noise
 from ..sampler.schedule import flow_sigmas
-from .measure import card_name, result_path
+from .measure import card_name, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "9419c25"  # the commit
@@ -92,10 +92,8 @@ def main(arguments=None):
     lines += [
         f"Relative RMS difference of the two clips' video latents: {difference:.1e} (bf16 rounds in other places)."
     ]
-    path = result_path("nano-sampling", torch.device("cpu"), options.out)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join([*lines, f"written to {path}"]))
-    return path
+    print("\n".join(lines))
+    return write_table("nano-sampling", lines, options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ..sampler.denoise import denoise_renoise, seeded_noise
 from ..sampler.schedule import flow_sigmas
 from ..verify.case import GOLDEN, Case
 from ..verify.dit import config_of
-from .measure import card_name, result_path
+from .measure import card_name, write_table
 
 STEPS = 8
 
@@ -97,10 +97,7 @@ def main(arguments=None):
         add(f"nano, step {step + 1} of {STEPS}", nano[:, step])
     for path in sorted(GOLDEN.glob("dit_a*.json")):
         add(f"golden {path.stem}", torch.tensor([of_golden(path)]))
-    path = result_path("fp8-against-bf16", torch.device("cpu"), options.out)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"written to {path}")
-    return path
+    return write_table("fp8-against-bf16", lines, options.out)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ def result_path(what, device, folder=None):
     return path
 
 
+def write_table(what, lines, folder=None):
+    """Write the lines of a table about `what` on a processor to its `result_path`, say where, return the path."""
+    path = result_path(what, torch.device("cpu"), folder)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    return path
+
+
 def milliseconds(call, device, seconds=0.3):
     """Return the median milliseconds of call(), repeated for about `seconds` after a warm-up, with cold caches.
 

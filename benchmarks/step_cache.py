@@ -15,7 +15,7 @@ from ..nano.latents import LATENTS, SOUNDS
 from ..sampler.denoise import denoise_renoise, denoise_unipc, seeded_noise
 from ..sampler.schedule import flow_sigmas
 from ..sampler.step_cache import StepCache
-from .measure import card_name, result_path
+from .measure import card_name, write_table
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
 
@@ -63,10 +63,7 @@ def main(arguments=None):
         for threshold in THRESHOLDS:
             lines.append(row(nano, cases, steps, threshold))
             print(lines[-1], flush=True)
-    path = result_path("nano-step-cache", torch.device("cpu"), options.out)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"written to {path}")
-    return path
+    return write_table("nano-step-cache", lines, options.out)
 
 
 if __name__ == "__main__":

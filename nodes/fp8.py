@@ -48,7 +48,7 @@ def fp8_operations(compute_dtype, fast=False):
 
     The weights are core's QuantizedTensor, so that its offload, weight streaming and LoRA know them. They are turned
     into the input's dtype when a layer runs; or, where `fast`, multiplied as fp8 with inputs quantised row by row. That
-    makes nano's error a quarter to a half larger. Core's own fp8 products have one scale for all rows, and only sizes
+    makes nano's error about 1.3 times as large. Core's own fp8 products have one scale for all rows, and only sizes
     that are multiples of 16: a sixth of the full-size model's work.
     """
     from .fp8_rows import PaddedRowScaledFP8, RowScaledFP8, use_row_scales

@@ -31,6 +31,16 @@ def test_contacts_are_seen_and_heard_when_they_happen(kind):
         np.testing.assert_allclose(seen.tones, truth, atol=0.04)
 
 
+@pytest.mark.parametrize("kind", ["ball", "cube"])
+def test_a_thing_lies_where_it_lands_long_enough_to_be_seen(kind):
+    for scene in scenes(6, kind=kind, bounces=None):
+        pixels = (world.render_frames(scene, 49) * 255 + 0.5).astype(np.uint8)
+        *_, bottom = measure.extents(measure.masks(pixels)[1])
+        for hit in world.contacts(scene, 1.7):
+            landed = int(np.ceil(hit * world.FPS))
+            assert (bottom[landed : landed + 2] == world.FLOOR).all() and bottom[landed + 5] < world.FLOOR - 3
+
+
 @pytest.mark.parametrize("kind", world.KINDS)
 def test_a_larger_clip_shows_the_same_and_a_window_is_a_part(kind):
     (scene,) = scenes(1, kind=kind)
