@@ -5,7 +5,7 @@ import torch
 from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
 from pack.nano import training
-from pack.nano.pixel_metric import EVENLY, nano_metric, pixel_metric, weighted_square
+from pack.nano.pixel_metric import nano_metric, pixel_metric, weighted_square
 from pack.nano.train_distill import own_states, walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
 from pack.nano.train_super_resolution import on_the_path, own_walk
@@ -164,7 +164,7 @@ def test_nanos_metric_forgets_no_channel():
     metric = nano_metric(torch.randn(2, 48, 5, 6, 6).numpy(), clips=2)
     assert metric.diagonal().mean() == pytest.approx(1, abs=1e-4)
     values = torch.linalg.eigvalsh(metric)
-    assert values[0] >= EVENLY - 1e-4 and values[-1] > 20 * values[0]
+    assert values[0] > 0.05 and values[-1] > 20 * values[0]
 
 
 @pytest.mark.parametrize("image_given", [False, True])
