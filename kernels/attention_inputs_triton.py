@@ -1,43 +1,50 @@
 """From the rows of the fused projection to q, k, v and gate in one pass, in Triton: norm, rotation, layout, sigmoid."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from .rows_triton import alignment
+
+BLOCK_TOKENS = 32
+HEADS_PER_PROGRAM = 8  # sines, cosines and weights are read once for so many heads
+
 
 @triton.jit
 def norm_and_rotate(
-    row, column_step, out, out_head, out_column, weight, weight_column, sine, cosine, eps,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    rows, out, weight, angles, inside, out_head, out_column, weight_column, rows_column, angles_column, first_head, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate the HEADS heads at `row` of one token: columns c and c + HALF are a pair, the rest is no pair."""
-    head = tl.arange(0, BLOCK_HEADS).to(tl.int64)[:, None]
-    pair = tl.arange(0, BLOCK_HALF).to(tl.int64)[None, :]
-    rest = tl.arange(0, BLOCK_REST).to(tl.int64)[None, :]
-    pair_inside = (head < HEADS) & (pair < HALF)
-    rest_inside = (head < HEADS) & (rest < HEAD_DIM - 2 * HALF)
-    heads_in = row + head * HEAD_DIM * column_step
-    first = tl.load(heads_in + pair * column_step, mask=pair_inside, other=0.0).to(tl.float32)
-    second = tl.load(heads_in + (pair + HALF) * column_step, mask=pair_inside, other=0.0).to(tl.float32)
-    third = tl.load(heads_in + (rest + 2 * HALF) * column_step, mask=rest_inside, other=0.0).to(tl.float32)
-    squares = tl.sum(first * first + second * second, axis=1) + tl.sum(third * third, axis=1)
-    inverse = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-    first *= inverse * (tl.load(weight + pair * weight_column, mask=pair < HALF, other=0.0).to(tl.float32) + 1.0)
-    second *= inverse * (
-        tl.load(weight + (pair + HALF) * weight_column, mask=pair < HALF, other=0.0).to(tl.float32) + 1.0
-    )
-    third *= inverse * (
-        tl.load(weight + (rest + 2 * HALF) * weight_column, mask=rest < HEAD_DIM - 2 * HALF, other=0.0).to(tl.float32)
-        + 1.0
-    )
-    heads_out = out + head * out_head
-    dtype = out.dtype.element_ty
-    turned = first * cosine - second * sine
-    tl.store(heads_out + pair * out_column, turned.to(dtype), mask=pair_inside)
-    turned = second * cosine + first * sine
-    tl.store(heads_out + (pair + HALF) * out_column, turned.to(dtype), mask=pair_inside)
-    tl.store(heads_out + (rest + 2 * HALF) * out_column, third.to(dtype), mask=rest_inside)
+    """Norm and rotate some heads of a block of tokens: columns c and c + HALF are a pair, the rest is no pair.
+
+    rows, out, weight and angles [BLOCK_TOKENS] point at each token's first head, its weights, its sines and cosines.
+    """
+    column = tl.arange(0, BLOCK_DIM).to(tl.int64)
+    partner = tl.where(column < HALF, column + HALF, tl.where(column < 2 * HALF, column - HALF, column))
+    partner = tl.max_contiguous(tl.multiple_of(partner, TOGETHER), TOGETHER)
+    angle = tl.where(column < HALF, column, tl.where(column < 2 * HALF, column - HALF, 0))
+    angle = tl.max_contiguous(tl.multiple_of(angle, TOGETHER), TOGETHER)
+    here = inside[:, None] & (column < HEAD_DIM)[None, :]
+    paired = inside[:, None] & (column < 2 * HALF)[None, :]
+    sine = tl.load(angles[:, None] + (angle * angles_column)[None, :], mask=paired, other=0.0)
+    cosine = tl.load(angles[:, None] + ((angle + HALF) * angles_column)[None, :], mask=paired, other=1.0)
+    own = tl.load(weight[:, None] + (column * weight_column)[None, :], mask=here, other=0.0).to(tl.float32) + 1.0
+    other = tl.load(weight[:, None] + (partner * weight_column)[None, :], mask=here, other=0.0).to(tl.float32) + 1.0
+    own *= cosine
+    other *= tl.where((column < HALF)[None, :], -sine, sine)
+    for number in tl.static_range(HEADS_PER_PROGRAM):
+        head = first_head + number
+        here_too = here & (head < HEADS)
+        x = rows[:, None] + head * HEAD_DIM * rows_column
+        values = tl.load(x + (column * rows_column)[None, :], mask=here_too, other=0.0).to(tl.float32)
+        partners = tl.load(x + (partner * rows_column)[None, :], mask=here_too, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(values * values, axis=1) / HEAD_DIM + eps)
+        turned = (values * own + partners * other) * inverse[:, None]
+        to = out[:, None] + head * out_head + (column * out_column)[None, :]
+        tl.store(to, turned.to(out.dtype.element_ty), mask=here_too)
 
 
 @triton.jit
@@ -53,40 +60,53 @@ def attention_inputs_kernel(
     tokens, first_end, second_end,
     eps,
     QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_QUERY_HEADS: tl.constexpr, BLOCK_KEY_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr, BLOCK_QUERY_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, TOGETHER: tl.constexpr, ROWS_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Each program serves one token, all heads; tokens below first_end use the first row of both weights."""
-    token = tl.program_id(0).to(tl.int64) % tokens
-    batch = tl.program_id(0).to(tl.int64) // tokens
-    expert = (token >= first_end).to(tl.int64) + (token >= second_end).to(tl.int64)
-    row = rows + batch * rows_batch + token * rows_token
-    pair = tl.arange(0, BLOCK_HALF).to(tl.int64)[None, :]
-    angles = sin_cos + token * sin_cos_token
-    sine = tl.load(angles + pair * sin_cos_column, mask=pair < HALF, other=0.0)
-    cosine = tl.load(angles + (pair + HALF) * sin_cos_column, mask=pair < HALF, other=0.0)
-    norm_and_rotate(
-        row, rows_column, q + batch * q_batch + token * q_token, q_head, q_column,
-        q_weight + expert * q_weight_expert, q_weight_column, sine, cosine, eps,
-        QUERY_HEADS, HEAD_DIM, HALF, BLOCK_QUERY_HEADS, BLOCK_HALF, BLOCK_REST,
-    )  # fmt: skip
-    row += QUERY_HEADS * HEAD_DIM * rows_column
-    norm_and_rotate(
-        row, rows_column, k + batch * k_batch + token * k_token, k_head, k_column,
-        k_weight + expert * k_weight_expert, k_weight_column, sine, cosine, eps,
-        KEY_HEADS, HEAD_DIM, HALF, BLOCK_KEY_HEADS, BLOCK_HALF, BLOCK_REST,
-    )  # fmt: skip
-    row += KEY_HEADS * HEAD_DIM * rows_column
-    head = tl.arange(0, BLOCK_KEY_HEADS).to(tl.int64)[:, None]
-    column = tl.arange(0, BLOCK_DIM).to(tl.int64)[None, :]
-    inside = (head < KEY_HEADS) & (column < HEAD_DIM)
-    value = tl.load(row + (head * HEAD_DIM + column) * rows_column, mask=inside)
-    tl.store(v + batch * v_batch + token * v_token + head * v_head + column * v_column, value, mask=inside)
-    row += KEY_HEADS * HEAD_DIM * rows_column
-    query_head = tl.arange(0, BLOCK_QUERY_HEADS).to(tl.int64)
-    logit = tl.load(row + query_head * rows_column, mask=query_head < QUERY_HEADS, other=0.0).to(tl.float32)
-    gate_row = gate + batch * gate_batch + token * gate_token
-    tl.store(gate_row + query_head * gate_head, tl.sigmoid(logit), mask=query_head < QUERY_HEADS)
+    """Each program serves BLOCK_TOKENS tokens of one clip and HEADS_PER_PROGRAM heads of q, k or v; v's first the gate.
+
+    Tokens below first_end use the first row of both weights.
+    """
+    Q_PARTS: tl.constexpr = (QUERY_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    K_PARTS: tl.constexpr = (KEY_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    batch = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    part = tl.program_id(0).to(tl.int64)
+    inside = token < tokens
+    row = rows + tl.multiple_of(batch * rows_batch + token * rows_token, ROWS_ALIGNMENT)
+    if part < Q_PARTS + K_PARTS:
+        expert = (token >= first_end).to(tl.int64) + (token >= second_end).to(tl.int64)
+        angles = sin_cos + token * sin_cos_token
+        if part < Q_PARTS:
+            norm_and_rotate(
+                row, q + batch * q_batch + token * q_token, q_weight + expert * q_weight_expert, angles, inside,
+                q_head, q_column, q_weight_column, rows_column, sin_cos_column, part * HEADS_PER_PROGRAM, eps,
+                QUERY_HEADS, HEAD_DIM, HALF, HEADS_PER_PROGRAM, BLOCK_DIM, TOGETHER,
+            )  # fmt: skip
+        else:
+            norm_and_rotate(
+                row + QUERY_HEADS * HEAD_DIM * rows_column, k + batch * k_batch + token * k_token,
+                k_weight + expert * k_weight_expert, angles, inside, k_head, k_column, k_weight_column,
+                rows_column, sin_cos_column, (part - Q_PARTS) * HEADS_PER_PROGRAM, eps,
+                KEY_HEADS, HEAD_DIM, HALF, HEADS_PER_PROGRAM, BLOCK_DIM, TOGETHER,
+            )  # fmt: skip
+    else:
+        column = tl.arange(0, BLOCK_DIM).to(tl.int64)[None, :]
+        v_row = (v + batch * v_batch + token * v_token)[:, None]
+        x = (row + (QUERY_HEADS + KEY_HEADS) * HEAD_DIM * rows_column)[:, None]
+        first_head = (part - Q_PARTS - K_PARTS) * HEADS_PER_PROGRAM
+        for number in tl.static_range(HEADS_PER_PROGRAM):
+            head = first_head + number
+            here = inside[:, None] & (column < HEAD_DIM) & (head < KEY_HEADS)
+            value = tl.load(x + head * HEAD_DIM * rows_column + column * rows_column, mask=here)
+            tl.store(v_row + head * v_head + column * v_column, value, mask=here)
+        if first_head == 0:
+            query_head = tl.arange(0, BLOCK_QUERY_HEADS).to(tl.int64)[None, :]
+            gate_inside = inside[:, None] & (query_head < QUERY_HEADS)
+            logits = x + (KEY_HEADS * HEAD_DIM + query_head) * rows_column
+            gates = tl.sigmoid(tl.load(logits, mask=gate_inside, other=0.0).to(tl.float32))
+            gate_row = (gate + batch * gate_batch + token * gate_token)[:, None]
+            tl.store(gate_row + query_head * gate_head, gates, mask=gate_inside)
 
 
 def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None):
@@ -103,17 +123,18 @@ def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, 
     half = sin_cos.shape[-1] // 2
     ends = [*torch.tensor(spans).cumsum(0).tolist(), tokens, tokens]
     q, k, v, gate = out
+    parts = triton.cdiv(query_heads, HEADS_PER_PROGRAM) + 2 * triton.cdiv(key_heads, HEADS_PER_PROGRAM)
     with torch.cuda.device_of(rows):
-        attention_inputs_kernel[(batch * tokens,)](
+        attention_inputs_kernel[(parts, triton.cdiv(tokens, BLOCK_TOKENS), batch)](
             rows, q_weight, k_weight, sin_cos, q, k, v, gate,
             *rows.stride(), *q_weight.stride(), *k_weight.stride(), *sin_cos.stride(),
             *q.stride(), *k.stride(), *v.stride(), *gate.stride(),
             tokens, ends[0], ends[1],
             eps,
             QUERY_HEADS=query_heads, KEY_HEADS=key_heads, HEAD_DIM=head_dim, HALF=half,
-            BLOCK_QUERY_HEADS=triton.next_power_of_2(query_heads), BLOCK_KEY_HEADS=triton.next_power_of_2(key_heads),
-            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_HALF=triton.next_power_of_2(half),
-            BLOCK_REST=triton.next_power_of_2(head_dim - 2 * half),
-            num_warps=8 if query_heads * head_dim >= 4096 else 4,
+            BLOCK_TOKENS=BLOCK_TOKENS, HEADS_PER_PROGRAM=HEADS_PER_PROGRAM,
+            BLOCK_QUERY_HEADS=triton.next_power_of_2(query_heads), BLOCK_DIM=triton.next_power_of_2(head_dim),
+            TOGETHER=math.gcd(half, 16), ROWS_ALIGNMENT=alignment(rows),
+            num_warps=4,
         )  # fmt: skip
     return out

@@ -54,12 +54,17 @@ def quantise_weight(weight):
     return quantise_rows(torch.nn.functional.pad(weight, (0, 0, 0, missing)))
 
 
+def aligned(scale):
+    """Return scales at an address that cuBLAS takes, a multiple of 16 bytes: a slice of them may start anywhere."""
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
+
+
 def scaled_matmul(x, weight, out_features):
     """`reference.fp8_linear` by torch's fp8 matmul, in bf16: a slice of rows as wide as the padded weight is high."""
     out = torch._scaled_mm(
         x.values.flatten(0, -2),
         weight.values.t(),
-        scale_a=x.scale.flatten(0, -2),
+        scale_a=aligned(x.scale.flatten(0, -2)),
         scale_b=weight.scale.t(),
         out_dtype=torch.bfloat16,  # the only one with a scale for each row
         use_fast_accum=True,

@@ -13,26 +13,31 @@ def gate_heads_kernel(
     x_batch, x_head, x_token, x_column,
     gate_batch, gate_token, gate_head,
     out_batch, out_token, out_column,
-    tokens, columns, out_columns,
-    HEAD_DIM: tl.constexpr, QUANTISE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    tokens,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, OUT_COLUMNS: tl.constexpr, QUANTISE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Each program writes one row of out [batch, tokens, columns = heads * HEAD_DIM]; QUANTISE: out is fp8."""
+    """Each program writes one row of out [batch, tokens, HEADS * HEAD_DIM]; QUANTISE: out is fp8."""
     row = tl.program_id(0).to(tl.int64)
     token = row % tokens
     batch = row // tokens
-    column = tl.arange(0, BLOCK_COLUMNS).to(tl.int64)
-    head = column // HEAD_DIM
-    inside = column < columns
+    head = tl.arange(0, BLOCK_HEADS).to(tl.int64)
+    column = tl.arange(0, BLOCK_DIM).to(tl.int64)
+    inside = (head < HEADS)[:, None] & (column < HEAD_DIM)[None, :]
     x_row = x + batch * x_batch + token * x_token
-    values = tl.load(x_row + head * x_head + (column % HEAD_DIM) * x_column, mask=inside, other=0.0).to(tl.float32)
-    gates = tl.load(gate + batch * gate_batch + token * gate_token + head * gate_head, mask=inside, other=0.0)
-    gated = values * gates.to(tl.float32)
-    if QUANTISE:
-        factor = row_scale(gated, axis=0)
-        tl.store(scale + row, factor)
-        gated = gated / factor
+    values = tl.load(x_row + head[:, None] * x_head + column[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+    gate_row = gate + batch * gate_batch + token * gate_token
+    gates = tl.load(gate_row + head * gate_head, mask=head < HEADS, other=0.0).to(tl.float32)
+    gated = values * gates[:, None]
     out_row = out + batch * out_batch + token * out_token
-    tl.store(out_row + column * out_column, gated.to(out.dtype.element_ty), mask=column < out_columns)
+    if QUANTISE:
+        factor = row_scale(tl.max(tl.abs(gated), axis=1), axis=0)
+        tl.store(scale + row, factor)
+        gated *= 1.0 / factor
+        past = HEADS * HEAD_DIM + tl.arange(0, 16)
+        tl.store(out_row + past * out_column, tl.zeros([16], out.dtype.element_ty), mask=past < OUT_COLUMNS)
+    place = head[:, None] * HEAD_DIM + column[None, :]
+    tl.store(out_row + place * out_column, gated.to(out.dtype.element_ty), mask=inside)
 
 
 def gate_heads(x, gate, out_dtype=None, out=None):
@@ -43,13 +48,14 @@ def gate_heads(x, gate, out_dtype=None, out=None):
     values, scale, quantise = parts_of_output(out)
     if values.numel() == 0:
         return out
-    block = triton.next_power_of_2(values.shape[-1])
+    block_heads, block_dim = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(x):
         gate_heads_kernel[(batch * tokens,)](
             x, gate, values, scale,
             *x.stride(), *gate.stride(), *values.stride(),
-            tokens, heads * head_dim, values.shape[-1],
-            HEAD_DIM=head_dim, QUANTISE=quantise, BLOCK_COLUMNS=block,
-            num_warps=8 if block >= 4096 else 4,
+            tokens,
+            HEADS=heads, HEAD_DIM=head_dim, OUT_COLUMNS=values.shape[-1], QUANTISE=quantise,
+            BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim,
+            num_warps=8 if block_heads * block_dim >= 4096 else 4,
         )  # fmt: skip
     return out

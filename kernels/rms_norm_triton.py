@@ -50,7 +50,7 @@ def rms_norm_kernel(
     if QUANTISE:
         factor = row_scale(normed, axis=1)
         tl.store(scale + row, factor, mask=row_inside)
-        normed = normed / factor[:, None]
+        normed *= (1.0 / factor)[:, None]
     out_row = out + batch * out_batch + token * out_token + head * out_head
     kept = row_inside[:, None] & (column < out_columns)[None, :]
     tl.store(out_row[:, None] + column[None, :] * out_column, normed.to(out.dtype.element_ty), mask=kept)

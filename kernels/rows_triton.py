@@ -1,5 +1,7 @@
 """What the Triton kernels share: views of tensors as rows, outputs in a float dtype or as fp8 rows with their scale."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,11 @@ def parts_of_output(out):
         return out, out, False
     assert out.scale.is_contiguous()
     return out.values, out.scale, True
+
+
+def alignment(x):
+    """Return how many elements, up to 16, every row of x starts at a multiple of: so many can be read at once."""
+    return math.gcd(16, *x.stride()[:-1])
 
 
 @triton.jit

@@ -52,10 +52,13 @@ def rms_norm(out, add, block_rows, block_columns):
 
 def activation(out, gated):
     from pack.kernels.activation_triton import BLOCK_COLUMNS, activation_kernel
+    from pack.kernels.fp8 import padded_columns
 
     quantise = out == "fp8"
     block = BLOCK_COLUMNS if not quantise else 16384 if gated else 32768
-    constants = {"GATED": gated, "QUANTISE": quantise, "BLOCK_COLUMNS": block}
+    columns = 13652 if gated else 20480
+    constants = {"COLUMNS": columns, "OUT_COLUMNS": padded_columns(columns) if quantise else columns}
+    constants |= {"X_ALIGNMENT": 8, "OUT_ALIGNMENT": 4, "GATED": gated, "QUANTISE": quantise, "BLOCK_COLUMNS": block}
     return activation_kernel, {"x": BF16, "out": OUTPUTS[out], "scale": FP32}, constants, [], 16 if quantise else 4
 
 
@@ -64,15 +67,17 @@ def attention_inputs(out):
 
     pointers = {name: OUTPUTS[out] for name in ("rows", "q", "k", "v")}
     pointers |= {name: FP32 for name in ("q_weight", "k_weight", "sin_cos", "gate")}
-    constants = {"QUERY_HEADS": 40, "KEY_HEADS": 8, "HEAD_DIM": 128, "HALF": 48, "BLOCK_QUERY_HEADS": 64}
-    constants |= {"BLOCK_KEY_HEADS": 8, "BLOCK_DIM": 128, "BLOCK_HALF": 64, "BLOCK_REST": 32}
-    return attention_inputs_kernel, pointers, constants, ["eps"], 8
+    constants = {"QUERY_HEADS": 40, "KEY_HEADS": 8, "HEAD_DIM": 128, "HALF": 48, "BLOCK_TOKENS": 32}
+    constants |= {"HEADS_PER_PROGRAM": 8, "BLOCK_QUERY_HEADS": 64, "BLOCK_DIM": 128, "TOGETHER": 16}
+    constants |= {"ROWS_ALIGNMENT": 8}
+    return attention_inputs_kernel, pointers, constants, ["eps"], 4
 
 
 def gate_heads(out):
     from pack.kernels.gate_heads_triton import gate_heads_kernel
 
-    constants = {"HEAD_DIM": 128, "QUANTISE": out == "fp8", "BLOCK_COLUMNS": 8192}
+    constants = {"HEADS": 40, "HEAD_DIM": 128, "OUT_COLUMNS": 5120, "QUANTISE": out == "fp8"}
+    constants |= {"BLOCK_HEADS": 64, "BLOCK_DIM": 128}
     pointers = {"x": BF16, "gate": FP32, "out": OUTPUTS[out], "scale": FP32}
     return gate_heads_kernel, pointers, constants, [], 8
 
