@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model_loader import fp8_linear
-from ..model_loader.attention import grouped_attention
+from ..model_loader.attention import joint_attention
 from ..model_loader.config import DISTILL, SR_540P, SR_1080P, TURBO_7_7
 from ..model_loader.dit import DiT
 from ..model_loader.dit_layers import Layer
@@ -91,7 +91,7 @@ def layer_call(config, layout, layer, fp8, device):
     network = randomise(Layer(config, layer, **factory))
     rotary = rotary_table(layout, config.positions, config.head_dim, device)
     x = torch.randn(1, sum(layout.spans), config.hidden_size, device=device)
-    return lambda: network(x, layout, rotary, grouped_attention)
+    return lambda: network(x, layout, rotary, joint_attention)
 
 
 def layer_cells(config, layout, layer, fp8, device, rates):

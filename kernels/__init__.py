@@ -3,6 +3,7 @@
 from .dispatch import (
     add_rms_norm_spans,
     attention_inputs,
+    attention_kernel,
     fp8_linear,
     gate_heads,
     gelu7,
@@ -18,6 +19,7 @@ __all__ = [
     "Fp8Rows",
     "add_rms_norm_spans",
     "attention_inputs",
+    "attention_kernel",
     "fp8_linear",
     "gate_heads",
     "gelu7",

@@ -17,11 +17,12 @@ def activation_kernel(
     out_batch, out_token, out_head, out_column,
     tokens, heads,
     COLUMNS: tl.constexpr, OUT_COLUMNS: tl.constexpr, X_ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr,
-    GATED: tl.constexpr, QUANTISE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    GATED: tl.constexpr, WORDS: tl.constexpr, QUANTISE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK_COLUMNS columns of one row of out [batch, tokens, heads, columns].
+    """Each program computes BLOCK_COLUMNS columns of one row of out [batch, tokens, heads, OUT_COLUMNS], zeros past COLUMNS.
 
-    GATED: swiglu7 of twice the columns, else gelu7. QUANTISE: out is fp8; the block holds the whole row.
+    GATED: swiglu7 of twice the columns, else gelu7. WORDS: a gate and what it gates are read as one word of 32 bits.
+    QUANTISE: out is fp8; the block holds the whole row.
     """
     row = tl.program_id(0).to(tl.int64)
     head = row % heads
@@ -30,15 +31,19 @@ def activation_kernel(
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
 
     x_row = x + tl.multiple_of(batch * x_batch + token * x_token + head * x_head, X_ALIGNMENT)
-    if GATED:
-        column_in = tl.program_id(1).to(tl.int64) * (2 * BLOCK_COLUMNS) + tl.arange(0, 2 * BLOCK_COLUMNS)
-        pairs = tl.load(x_row + column_in * x_column, mask=column_in < 2 * COLUMNS, other=0.0).to(tl.float32)
-        gate, linear = tl.split(tl.reshape(pairs, (BLOCK_COLUMNS, 2)))
-        linear = tl.minimum(linear, 7.0, propagate_nan=tl.PropagateNan.ALL)
-        linear = tl.maximum(linear, -7.0, propagate_nan=tl.PropagateNan.ALL) + 1.0
+    linear = 1.0
+    if WORDS:
+        words = tl.load(x_row.to(tl.pointer_type(tl.int32), bitcast=True) + column, mask=column < COLUMNS, other=0)
+        gate = (words << 16).to(tl.float32, bitcast=True)
+        linear = (words & -65536).to(tl.float32, bitcast=True)
+    elif GATED:
+        gate = tl.load(x_row + 2 * column * x_column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+        linear = tl.load(x_row + (2 * column + 1) * x_column, mask=column < COLUMNS, other=0.0).to(tl.float32)
     else:
         gate = tl.load(x_row + column * x_column, mask=column < COLUMNS, other=0.0).to(tl.float32)
-        linear = 1.0
+    if GATED:
+        linear = tl.minimum(linear, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        linear = tl.maximum(linear, -7.0, propagate_nan=tl.PropagateNan.ALL) + 1.0
     gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
     root = tl.rsqrt(1.0 + tl.exp2(gate * SIGMOID_EXPONENT))  # its square is the sigmoid; cheaper than a division
     activated = gate * (root * root) * linear
@@ -50,10 +55,15 @@ def activation_kernel(
     tl.store(out_row + column * out_column, activated.to(out.dtype.element_ty), mask=column < OUT_COLUMNS)
 
 
-def launch(x, columns, gated, out_dtype, out):
+def holds_words(x):
+    """Tell whether every two columns of rows [batch, tokens, heads, columns] are a word of 32 bits that can be read."""
+    return x.dtype == torch.bfloat16 and x.stride(-1) == 1 and alignment(x) % 2 == 0 and x.data_ptr() % 4 == 0
+
+
+def launch(x, columns, gated, out_dtype, padded, out):
     """Run the kernel for `columns` results a row, return `out` (made where it is None)."""
     if out is None:
-        out = empty_output((*x.shape[:-1], columns), out_dtype or x.dtype, x.device)
+        out = empty_output((*x.shape[:-1], columns), out_dtype or x.dtype, x.device, padded)
     values, scale, quantise = parts_of_output(out)
     rows_in, rows_out = as_rows(x), as_rows(values)
     batch, tokens, heads, out_columns = rows_out.shape
@@ -65,20 +75,20 @@ def launch(x, columns, gated, out_dtype, out):
             rows_in, rows_out, scale,
             *rows_in.stride(), *rows_out.stride(),
             tokens, heads,
-            COLUMNS=columns, OUT_COLUMNS=out_columns, X_ALIGNMENT=alignment(rows_in),
-            OUT_ALIGNMENT=min(alignment(rows_out), 4 if gated else 16),  # what a thread reads gives 4: none is moved
-            GATED=gated, QUANTISE=quantise, BLOCK_COLUMNS=block,
-            num_warps=max(4, min(16, block // 512)) if quantise else 4,
+            COLUMNS=columns, OUT_COLUMNS=out_columns,
+            X_ALIGNMENT=alignment(rows_in), OUT_ALIGNMENT=alignment(rows_out),
+            GATED=gated, WORDS=gated and holds_words(rows_in), QUANTISE=quantise, BLOCK_COLUMNS=block,
+            num_warps=max(4, min(8, block // 512)) if quantise else 4,
         )  # fmt: skip
     return out
 
 
-def swiglu7(x, out_dtype=None, out=None):
+def swiglu7(x, out_dtype=None, padded=False, out=None):
     """`reference.swiglu7` for up to four axes, any strides; `out` takes the result if given."""
     assert x.shape[-1] % 2 == 0
-    return launch(x, x.shape[-1] // 2, True, out_dtype, out)
+    return launch(x, x.shape[-1] // 2, True, out_dtype, padded, out)
 
 
-def gelu7(x, out_dtype=None, out=None):
+def gelu7(x, out_dtype=None, padded=False, out=None):
     """`reference.gelu7` for up to four axes, any strides; `out` takes the result if given."""
-    return launch(x, x.shape[-1], False, out_dtype, out)
+    return launch(x, x.shape[-1], False, out_dtype, padded, out)

@@ -1,4 +1,9 @@
-"""Attention for Hopper in Gluon, Triton's lower level: one warp loads, two warpgroups multiply and take the softmax."""
+"""Attention for Hopper in Gluon, Triton's lower level: one warp loads, two warpgroups multiply and take the softmax.
+
+Queries are cut into blocks of 128, 64 for each warpgroup; keys and values come by TMA, 128 at a time. While the scores of
+a block are softened, the values of the block before are multiplied; the warpgroups take turns in giving the tensor cores
+work, so that one softens while the other's products run.
+"""
 
 import torch
 from triton.experimental import gluon
@@ -10,8 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-warps_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name before Triton 3.7
+from .attention_fp8_triton import LOG2_E, SHIFT, blocks_of_queries, quantised
+
+warps_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
+BLOCK_QUERIES, BLOCK_KEYS = 128, 128
+STAGES = 2  # tiles of keys and of values that are on their way or at work
 
 
 @gluon.jit
@@ -54,28 +64,26 @@ def block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS: gl.constexpr)
 
 @gluon.jit
 def load_blocks(
-    keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
+    keys, values, first_keys, key_tiles, value_tiles, first_full, full, empty,
     row_of_keys, row_of_values, blocks, near, near_end, far, tokens,
     VALUES_TRANSPOSED: gl.constexpr, BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: fill the ring of tiles as the two warpgroups empty it."""
+    """The loading warp: the first keys, then the values of every block together with the keys of the next one."""
+    key, first, end = block_of_keys(0, near, near_end, far, tokens, BLOCK_KEYS)
+    mbarrier.expect(first_full, keys.block_type.nbytes)
+    tma.async_copy_global_to_shared(keys, [row_of_keys + key, 0], first_full, first_keys)
     for number in range(blocks):
         stage = number % STAGES
-        phase = (number // STAGES) & 1
-        key, first, end = block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS)
-        mbarrier.wait(keys_empty.index(stage), phase ^ 1)
-        mbarrier.expect(keys_full.index(stage), keys.block_type.nbytes)
-        tma.async_copy_global_to_shared(keys, [row_of_keys + key, 0], keys_full.index(stage), key_tiles.index(stage))
-        mbarrier.wait(values_empty.index(stage), phase ^ 1)
-        mbarrier.expect(values_full.index(stage), values.block_type.nbytes)
+        next_key, first, end = block_of_keys(number + 1, near, near_end, far, tokens, BLOCK_KEYS)
+        place = [row_of_values + key, 0]
         if VALUES_TRANSPOSED:
-            tma.async_copy_global_to_shared(
-                values, [row_of_values, key], values_full.index(stage), value_tiles.index(stage)
-            )
-        else:
-            tma.async_copy_global_to_shared(
-                values, [row_of_values + key, 0], values_full.index(stage), value_tiles.index(stage)
-            )
+            place = [row_of_values, key]
+        mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), keys.block_type.nbytes + values.block_type.nbytes)
+        tma.async_copy_global_to_shared(values, place, full.index(stage), value_tiles.index(stage))
+        next_place = [row_of_keys + next_key, 0]  # past the last block some rows that nobody reads
+        tma.async_copy_global_to_shared(keys, next_place, full.index(stage), key_tiles.index(stage))
+        key = next_key
 
 
 @gluon.jit
@@ -89,18 +97,18 @@ def cut_off(scores, key, first, end, BLOCK_KEYS: gl.constexpr, LAYOUT: gl.conste
 
 
 @gluon.jit
-def as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, REORDER: gl.constexpr):
+def as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, FP8_PRODUCTS: gl.constexpr):
     """Return weights as what a product takes from registers.
 
-    REORDER: fp8 products want four neighbouring keys in a thread, which holds twice two: the keys change places
-    (`fp8_attention.reordered`) and no weight has to.
+    For fp8 products a thread must hold four neighbouring keys, and holds twice two: the keys change places, as the
+    values have (`attention_fp8_triton.values_kernel`), and no weight has to move.
     """
-    if REORDER:
+    if FP8_PRODUCTS:
         rows: gl.constexpr = weights.shape[0]
         keys: gl.constexpr = weights.shape[1]
         weights = weights.reshape([rows, keys // 32, 2, 2, 4, 2]).permute((0, 1, 2, 4, 3, 5)).reshape([rows, keys])
         weights = gl.convert_layout(weights, LAYOUT, assert_trivial=True)
-        return gl.inline_asm_elementwise(  # what a cast does, without taking bytes apart and together again
+        operand = gl.inline_asm_elementwise(  # what a cast does, without taking bytes apart and together again
             """
             {
                 .reg .b16 low, high;
@@ -111,50 +119,9 @@ def as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr, REORDER: gl.c
             """,
             "=r,r,r,r,r", [weights], dtype=gl.float8e4nv, is_pure=True, pack=4,
         )  # fmt: skip
-    return gl.convert_layout(weights.to(dtype), LAYOUT)
-
-
-def powers(count):
-    """Return the assembly that turns `count` numbers x <= 8 into 2 ** x, the first of them by a polynomial.
-
-    2 ** x = 2 ** whole * 2 ** part, part in [-0.5, 0.5]; of degree 3 the polynomial is off by 1e-4 of its value at
-    most, far less than what rounding to fp8 or bf16 takes.
-    """
-    lines = [
-        ".reg .f32 x, whole, part, power; .reg .b32 bits;",
-        f"max.ftz.f32 x, ${count}, 0fC2FC0000;",  # -126
-        "add.rn.ftz.f32 whole, x, 0f4B400000;",  # 1.5 * 2 ** 23 rounds to whole numbers, in the lowest bits
-        "sub.rn.ftz.f32 part, whole, 0f4B400000;",
-        "sub.rn.ftz.f32 part, x, part;",
-        "fma.rn.ftz.f32 power, part, 0f3D615091, 0f3E7805EE;",  # 0.0550085, 0.2422101
-        "fma.rn.ftz.f32 power, power, part, 0f3F317AFD;",  # 0.6932829
-        "fma.rn.ftz.f32 power, power, part, 0f3F800000;",
-        "mov.b32 bits, whole;",
-        "shl.b32 bits, bits, 23;",
-        "mov.b32 $0, power;",
-        "add.s32 $0, $0, bits;",
-    ]
-    lines += [f"ex2.approx.ftz.f32 ${i}, ${count + i};" for i in range(1, count)]
-    return "{" + " ".join(lines) + "}"
-
-
-POWERS_OF_4, POWERS_OF_8 = gl.constexpr(powers(4)), gl.constexpr(powers(8))
-REGISTERS_OF_4 = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 4))
-REGISTERS_OF_8 = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 8))
-
-
-@gluon.jit
-def powers_of_two(x, EMULATED: gl.constexpr):
-    """Return 2 ** x for x <= 8: EMULATED of eight powers are a polynomial's, because the card's unit has no time left."""
-    if EMULATED == 1:
-        return gl.inline_asm_elementwise(
-            POWERS_OF_8, REGISTERS_OF_8, [x], dtype=gl.float32, is_pure=True, pack=8
-        )
-    if EMULATED == 2:
-        return gl.inline_asm_elementwise(
-            POWERS_OF_4, REGISTERS_OF_4, [x], dtype=gl.float32, is_pure=True, pack=4
-        )
-    return gl.exp2(x)
+    else:
+        operand = gl.convert_layout(weights, LAYOUT)
+    return operand
 
 
 @gluon.jit
@@ -166,31 +133,31 @@ def sums_of_threads(weights):
 
 
 @gluon.jit
-def soften(scores, factor, largest, total, SHIFT: gl.constexpr, EMULATED: gl.constexpr):
-    """Return a block's weights and what the running softmax becomes: the largest score, the sum, by what both shrink."""
+def soften(scores, factor, largest, total, dtype: gl.constexpr, SHIFT: gl.constexpr):
+    """Return a block's weights and what the running softmax becomes: the largest score, the sums, by what both shrink."""
     new_largest = gl.maximum(largest, gl.max(scores, axis=1) * factor)
-    weights = powers_of_two(
-        scores * gl.expand_dims(factor, 1) - gl.expand_dims(new_largest - SHIFT, 1), EMULATED
-    )
+    weights = gl.exp2(scores * gl.expand_dims(factor, 1) - gl.expand_dims(new_largest - SHIFT, 1))
     shrink = gl.exp2(largest - new_largest)
     sums = sums_of_threads(weights)
     total = total * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout)), 1) + sums
+    if dtype == gl.bfloat16:  # fp8 is packed just before the product: bytes do not pass a loop's end in one register
+        weights = weights.to(dtype)
     return weights, new_largest, total, shrink
 
 
 @gluon.jit
 def serve_queries(
-    part, q, query_scale, value_scale, out, query_tile, key_tiles, value_tiles,
-    keys_full, values_full, keys_empty, values_empty, turns,
+    part, q, query_scale, value_scale, out, query_tile, first_keys, key_tiles, value_tiles,
+    first_full, full, empty, turns,
     q_token, out_token, row, first_query, end_query, blocks, near, near_end, far, tokens, scale,
     FP8_PRODUCTS: gl.constexpr, SHIFT: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr, EMULATED: gl.constexpr,
-    PER_32: gl.constexpr,
+    BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: ROWS queries through all blocks; the scores of the next block are multiplied meanwhile."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KEYS, 32 // (1 + (PER_32 == 2))])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 32 // (1 + (PER_32 == 2))])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, PER_32)
+    """One warpgroup, `part` 0 or 1: ROWS queries through all blocks of keys."""
+    DEPTH: gl.constexpr = 32 if FP8_PRODUCTS else 16  # of a product, in keys or columns
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KEYS, DEPTH])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, DEPTH])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, DEPTH // 8)
     LOADED: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     dtype: gl.constexpr = key_tiles.dtype
 
@@ -213,55 +180,42 @@ def serve_queries(
     total = sums_of_threads(nothing)
     result = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=OUT)
 
-    mbarrier.wait(keys_full.index(0), 0)
-    scores = warpgroup_mma(query_tile, key_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores, key_tiles))[0]
-    warps_barrier()
-    mbarrier.arrive(keys_empty.index(0), count=1)
+    mbarrier.wait(first_full, 0)
+    scores = warpgroup_mma(query_tile, first_keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores, first_keys))[0]
     key, first, end = block_of_keys(0, near, near_end, far, tokens, BLOCK_KEYS)
     scores = cut_off(scores, key, first, end, BLOCK_KEYS, SCORES)
-    weights, largest, total, shrink = soften(scores, factor, largest, total, SHIFT, EMULATED)
-    if not FP8_PRODUCTS:
-        weights = weights.to(dtype)
-    for number in range(1, blocks):
+    weights, largest, total, shrink = soften(scores, factor, largest, total, dtype, SHIFT)
+    for number in range(blocks - 1):
         stage = number % STAGES
-        before = (number - 1) % STAGES
-        mbarrier.wait(keys_full.index(stage), (number // STAGES) & 1)
-        if IN_TURN:
-            mbarrier.wait(turns.index(part), (number - part) & 1)
+        value_tile = value_tiles.index(stage)
+        if FP8_PRODUCTS:
+            value_tile = value_tile.permute((1, 0))
+        mbarrier.wait(full.index(stage), (number // STAGES) & 1)
+        mbarrier.wait(turns.index(part), (number + 1 - part) & 1)
         next_scores = warpgroup_mma(
             query_tile, key_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
-        operand = as_operand(weights, dtype, WEIGHTS, FP8_PRODUCTS)
-        mbarrier.wait(values_full.index(before), ((number - 1) // STAGES) & 1)
-        if FP8_PRODUCTS:
-            tile = value_tiles.index(before).permute((1, 0))
-        else:
-            tile = value_tiles.index(before)
-        product = warpgroup_mma(operand, tile, result, is_async=True)
-        if IN_TURN:
-            mbarrier.arrive(turns.index(1 - part), count=1)
+        operand = as_operand(weights, dtype, OPERAND, FP8_PRODUCTS)
+        product = warpgroup_mma(operand, value_tile, result, is_async=True)
+        mbarrier.arrive(turns.index(1 - part), count=1)
         scores = warpgroup_mma_wait(1, deps=(next_scores, key_tiles))[0]
-        warps_barrier()
-        mbarrier.arrive(keys_empty.index(stage), count=1)
-        key, first, end = block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS)
+        key, first, end = block_of_keys(number + 1, near, near_end, far, tokens, BLOCK_KEYS)
         scores = cut_off(scores, key, first, end, BLOCK_KEYS, SCORES)
-        weights, largest, total, shrink = soften(scores, factor, largest, total, SHIFT, EMULATED)
-        if not FP8_PRODUCTS:
-            weights = weights.to(dtype)
+        weights, largest, total, shrink = soften(scores, factor, largest, total, dtype, SHIFT)
         product = warpgroup_mma_wait(0, deps=(product, value_tiles))[0]
         warps_barrier()
-        mbarrier.arrive(values_empty.index(before), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
         result = product * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
     stage = (blocks - 1) % STAGES
-    operand = as_operand(weights, dtype, WEIGHTS, FP8_PRODUCTS)
-    mbarrier.wait(values_full.index(stage), ((blocks - 1) // STAGES) & 1)
+    value_tile = value_tiles.index(stage)
     if FP8_PRODUCTS:
-        tile = value_tiles.index(stage).permute((1, 0))
-    else:
-        tile = value_tiles.index(stage)
-    product = warpgroup_mma(operand, tile, result, is_async=True)
+        value_tile = value_tile.permute((1, 0))
+    operand = as_operand(weights, dtype, OPERAND, FP8_PRODUCTS)
+    mbarrier.wait(full.index(stage), ((blocks - 1) // STAGES) & 1)
+    product = warpgroup_mma(operand, value_tile, result, is_async=True)
     result = warpgroup_mma_wait(0, deps=(product, value_tiles))[0]
+
     result = result / gl.expand_dims(gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, OUT)), 1)
     column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, OUT))
     if FP8_PRODUCTS:
@@ -279,9 +233,9 @@ def attention_kernel(
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     query_heads, group, tokens, frame, frames, radius, scale,
     FP8_PRODUCTS: gl.constexpr, SHIFT: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_QUERIES: gl.constexpr,
-    BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr, IN_TURN: gl.constexpr, EMULATED: gl.constexpr,
+    BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`attention_triton.attention_kernel` with loads, products and softmax overlapped by hand."""
+    """`attention_fp8_triton.attention_kernel`, and the same in bf16: then values are not transposed, scales not read."""
     first_query, end_query, near, near_end, far = range_of_block(tokens, frame, frames, radius, BLOCK_QUERIES)
     blocks = blocks_of_range(near, near_end, BLOCK_KEYS) + blocks_of_range(far, tokens, BLOCK_KEYS)
     head = gl.program_id(1) % query_heads
@@ -298,39 +252,37 @@ def attention_kernel(
 
     ROWS: gl.constexpr = BLOCK_QUERIES // 2
     dtype: gl.constexpr = keys.dtype
-    PER_32: gl.constexpr = 4 if FP8_PRODUCTS else 2
     QUERY_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)
     query_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], QUERY_TILE)
+    first_keys = gl.allocate_shared_memory(dtype, [BLOCK_KEYS, HEAD_DIM], keys.layout)
     key_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_KEYS, HEAD_DIM], keys.layout)
     value_tiles = gl.allocate_shared_memory(dtype, [STAGES] + values.block_type.shape, values.layout)
-    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    first_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    mbarrier.init(first_full, count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_full.index(stage), count=1)
-        mbarrier.init(values_full.index(stage), count=1)
-        mbarrier.init(keys_empty.index(stage), count=2)
-        mbarrier.init(values_empty.index(stage), count=2)
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    for part in gl.static_range(2):
+        mbarrier.init(turns.index(part), count=1)
     gl.warp_specialize(
         [
             (serve_queries, (
-                0, q, query_scale, value_scale, out, query_tiles.index(0), key_tiles, value_tiles,
-                keys_full, values_full, keys_empty, values_empty, turns,
+                0, q, query_scale, value_scale, out, query_tiles.index(0), first_keys, key_tiles, value_tiles,
+                first_full, full, empty, turns,
                 q_token, out_token, row, first_query, end_query, blocks, near, near_end, far, tokens, scale,
-                FP8_PRODUCTS, SHIFT, HEAD_DIM, ROWS, BLOCK_KEYS, STAGES, IN_TURN, EMULATED, PER_32,
+                FP8_PRODUCTS, SHIFT, HEAD_DIM, ROWS, BLOCK_KEYS, STAGES,
             )),
             (serve_queries, (
-                1, q, query_scale, value_scale, out, query_tiles.index(1), key_tiles, value_tiles,
-                keys_full, values_full, keys_empty, values_empty, turns,
+                1, q, query_scale, value_scale, out, query_tiles.index(1), first_keys, key_tiles, value_tiles,
+                first_full, full, empty, turns,
                 q_token, out_token, row, first_query, end_query, blocks, near, near_end, far, tokens, scale,
-                FP8_PRODUCTS, SHIFT, HEAD_DIM, ROWS, BLOCK_KEYS, STAGES, IN_TURN, EMULATED, PER_32,
+                FP8_PRODUCTS, SHIFT, HEAD_DIM, ROWS, BLOCK_KEYS, STAGES,
             )),
             (load_blocks, (
-                keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
+                keys, values, first_keys, key_tiles, value_tiles, first_full, full, empty,
                 row_of_keys, row_of_values, blocks, near, near_end, far, tokens,
                 FP8_PRODUCTS, BLOCK_KEYS, STAGES,
             )),
@@ -340,31 +292,26 @@ def attention_kernel(
     )  # fmt: skip
 
 
-def attention(q, k, v, frame=0, frames=0, radius=0, *, fp8=True, block_keys=128, stages=2, in_turn=True, emulated=1):
-    """Attention."""
-    import triton
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from .attention_triton import LOG2_E, SHIFT as FP8_SHIFT, blocks_of_queries, quantised
-
+def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False, out=None):
+    """`reference.attention` of bf16 q, k, v with heads of 128; `out` takes the result if given."""
     (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if fp8:
         q, query_scale, k, v, value_scale = quantised(q, k, v)
-        values, value_block = v.view(-1, v.shape[-1]), [head_dim, block_keys]
+        value_rows, value_block, dtype = v.view(-1, v.shape[-1]), [head_dim, BLOCK_KEYS], gl.float8e4nv
     else:
         query_scale = value_scale = q
-        values, value_block = v.contiguous().view(-1, head_dim), [block_keys, head_dim]
-    dtype = gl.float8e4nv if fp8 else gl.bfloat16
-    keys, key_block = k.contiguous().view(-1, head_dim), [block_keys, head_dim]
-    keys = TensorDescriptor.from_tensor(keys, key_block, gl.NVMMASharedLayout.get_default_for(key_block, dtype))
-    values = TensorDescriptor.from_tensor(values, value_block, gl.NVMMASharedLayout.get_default_for(value_block, dtype))
-    grid = blocks_of_queries(tokens, frame, frames, 128), batch * heads
+        value_rows, value_block, dtype = v.reshape(-1, head_dim), [BLOCK_KEYS, head_dim], gl.bfloat16
+    key_block = [BLOCK_KEYS, head_dim]
+    key_layout, value_layout = (gl.NVMMASharedLayout.get_default_for(block, dtype) for block in (key_block, value_block))
+    keys = TensorDescriptor.from_tensor(k.reshape(-1, head_dim), key_block, key_layout)
+    values = TensorDescriptor.from_tensor(value_rows, value_block, value_layout)
     with torch.cuda.device_of(q):
-        attention_kernel[grid](
+        attention_kernel[(blocks_of_queries(tokens, frame, frames, BLOCK_QUERIES), batch * heads)](
             q, query_scale, keys, values, value_scale, out, *q.stride()[:3], *out.stride()[:3],
             heads, heads // key_heads, tokens, frame, frames, radius, head_dim**-0.5 * LOG2_E,
-            FP8_PRODUCTS=fp8, SHIFT=FP8_SHIFT if fp8 else 0.0, HEAD_DIM=head_dim, BLOCK_QUERIES=128,
-            BLOCK_KEYS=block_keys, STAGES=stages, IN_TURN=in_turn, EMULATED=emulated, num_warps=4,
+            FP8_PRODUCTS=fp8, SHIFT=SHIFT if fp8 else 0.0, HEAD_DIM=head_dim, BLOCK_QUERIES=BLOCK_QUERIES,
+            BLOCK_KEYS=BLOCK_KEYS, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .rows_triton import alignment
 
-BLOCK_TOKENS = 32
+BLOCK_TOKENS = 8
 HEADS_PER_PROGRAM = 8  # sines, cosines and weights are read once for so many heads
 
 

@@ -1,6 +1,7 @@
 """Pick the backend of each op: Triton where its limits hold, else the plain torch of `reference`."""
 
 import functools
+import importlib
 import logging
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from .fp8 import FP8, dequantise_rows, scaled_matmul
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8_CAPABILITY = (8, 9)  # Ada and later multiply e4m3
+ATTENTION_HEAD = 128  # columns of a head of the full-size network, the only size the attention kernels serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,30 @@ def triton_kernels():
     }
 
 
+@functools.cache
+def working_attention(capability, fp8):
+    """Return the quickest attention kernel that works on a card of this capability, or None; tried once a process."""
+    hopper = capability[0] == 9 and torch.version.hip is None
+    candidates = ["attention_hopper"] * hopper + ["attention_fp8_triton"] * (fp8 and capability >= FP8_CAPABILITY)
+    for name in candidates if triton_kernels() else ():
+        try:
+            kernel = importlib.import_module(f".{name}", __package__).attention
+            kernel(*(torch.ones(1, 1, 256, ATTENTION_HEAD, dtype=torch.bfloat16, device="cuda") for _ in range(3)), fp8=fp8)
+        except Exception as error:  # it asks for more than this Triton has
+            reason = f"{type(error).__name__}: {error}"
+            logging.warning(f"happyhorse-local: kernels/{name}.py does not work here ({reason}); another way is taken")
+        else:
+            return kernel
+    return None
+
+
+def attention_kernel(q, k, v, fp8=False):
+    """Return what computes `reference.attention` of these q, k, v, or None where torch has to: see model_loader.attention."""
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    served = q.is_cuda and q.dtype == torch.bfloat16 and q.shape[-1] == ATTENTION_HEAD and not needs_gradient
+    return working_attention(torch.cuda.get_device_capability(q.device), fp8) if served else None
+
+
 def backend(op, *tensors, columns=None, out_dtype=None):
     """Return the Triton module that serves `op` on these tensors; `reference` on the CPU, beyond LIMITS or without it.
 
@@ -102,14 +128,14 @@ def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
     return chosen.add_rms_norm_spans(x, delta, weight, spans, eps, out_dtype)
 
 
-def swiglu7(x, out_dtype=None):
+def swiglu7(x, out_dtype=None, padded=False):
     """See `reference.swiglu7`."""
-    return backend("activation", x, out_dtype=out_dtype).swiglu7(x, out_dtype)
+    return backend("activation", x, out_dtype=out_dtype).swiglu7(x, out_dtype, padded)
 
 
-def gelu7(x, out_dtype=None):
+def gelu7(x, out_dtype=None, padded=False):
     """See `reference.gelu7`."""
-    return backend("activation", x, out_dtype=out_dtype).gelu7(x, out_dtype)
+    return backend("activation", x, out_dtype=out_dtype).gelu7(x, out_dtype, padded)
 
 
 def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):

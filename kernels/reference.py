@@ -6,12 +6,15 @@
 import torch
 import torch.nn.functional as F
 
-from .fp8 import FP8, quantise_rows
+from .fp8 import FP8, FP8_MAX, padded_columns, quantise_rows
 
 
-def narrowed(wide, out_dtype):
-    """Return fp32 results as `out_dtype`, or as Fp8Rows."""
-    return quantise_rows(wide) if out_dtype == FP8 else wide.to(out_dtype)
+def narrowed(wide, out_dtype, padded=False):
+    """Return fp32 results as `out_dtype`, its rows `padded` with zeros or not, or as Fp8Rows."""
+    if out_dtype == FP8:
+        return quantise_rows(wide)
+    missing = padded_columns(wide.shape[-1]) - wide.shape[-1] if padded else 0
+    return F.pad(wide.to(out_dtype), (0, missing)) if missing else wide.to(out_dtype)
 
 
 def rms_norm(x, weight, eps=1e-6, out_dtype=None):
@@ -45,19 +48,20 @@ def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
     return total, rms_norm_spans(total, weight, spans, eps, out_dtype)
 
 
-def swiglu7(x, out_dtype=None):
+def swiglu7(x, out_dtype=None, padded=False):
     """Gated activation of the published network: even columns gate, odd columns are gated, both clamped at 7.
 
-    x [..., 2M] -> [..., M] as `out_dtype` (default: x's dtype); computed in fp32.
+    x [..., 2M] -> [..., M] as `out_dtype` (default: x's dtype), or with zeros up to a multiple of 16 columns where
+    `padded`; computed in fp32.
     """
     gate, linear = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     gated = sigmoid_gelu(gate.clamp(max=7)).mul_(linear.clamp(-7, 7).add_(1))
-    return narrowed(gated, out_dtype or x.dtype)
+    return narrowed(gated, out_dtype or x.dtype, padded)
 
 
-def gelu7(x, out_dtype=None):
-    """Sigmoid-approximated GELU, clamped at 7 from above: x [...] -> [...] as `out_dtype`; computed in fp32."""
-    return narrowed(sigmoid_gelu(x.float().clamp(max=7)), out_dtype or x.dtype)
+def gelu7(x, out_dtype=None, padded=False):
+    """Sigmoid-approximated GELU, clamped at 7 from above: x [...] -> [...], `padded` as in swiglu7; in fp32."""
+    return narrowed(sigmoid_gelu(x.float().clamp(max=7)), out_dtype or x.dtype, padded)
 
 
 def sigmoid_gelu(wide):
@@ -100,6 +104,29 @@ def gate_heads(x, gate, out_dtype=None):
     """
     gated = x.transpose(1, 2).float() * gate.float().unsqueeze(-1)
     return narrowed(gated.flatten(2), out_dtype or x.dtype)
+
+
+def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False):
+    """Softmax attention where query head h uses key/value head h // (Hq / Hkv), within a window of frames if there is one.
+
+    q [B, Hq, N, d], k and v [B, Hkv, N, d]. The first `frames` * `frame` queries see the frames within `radius` of their
+    own and all tokens after the frames, every other query sees all tokens. Softmax in fp32; returned in q's dtype.
+    fp8: both products take fp8: q scaled row by row, k head by head, v column by column.
+    """
+    if fp8:
+        q, (k, v) = dequantised(q, -1), (dequantised(k, (2, 3)), dequantised(v, 2))
+    token = torch.arange(q.shape[2], device=q.device)
+    at, video = token // max(frame, 1), token < frame * frames
+    near = (at[:, None] - at[None, :]).abs() <= radius
+    allowed = near | ~video[:, None] | ~video[None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def dequantised(x, axes):
+    """Return what fp8 leaves of x where all of `axes` share a scale."""
+    wide = x.float()
+    scale = wide.abs().amax(axes, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    return ((wide / scale).to(FP8).float() * scale).to(x.dtype)
 
 
 def renoise_step(x, velocity, noise, sigma, sigma_next):

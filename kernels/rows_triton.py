@@ -16,11 +16,12 @@ def as_rows(x):
     return x.unsqueeze(2) if x.ndim == 3 else x
 
 
-def empty_output(shape, out_dtype, device):
-    """Return an uninitialised result of `shape`: a tensor, or Fp8Rows where `out_dtype` is FP8."""
+def empty_output(shape, out_dtype, device, padded=False):
+    """Return an uninitialised result of `shape`: a tensor, its rows `padded` or not, or Fp8Rows where out_dtype is FP8."""
+    columns = padded_columns(shape[-1]) if padded or out_dtype == FP8 else shape[-1]
     if out_dtype != FP8:
-        return torch.empty(shape, dtype=out_dtype, device=device)
-    values = torch.empty((*shape[:-1], padded_columns(shape[-1])), dtype=FP8, device=device)
+        return torch.empty((*shape[:-1], columns), dtype=out_dtype, device=device)
+    values = torch.empty((*shape[:-1], columns), dtype=FP8, device=device)
     return Fp8Rows(values, torch.empty((*shape[:-1], 1), dtype=torch.float32, device=device))
 
 

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from ..kernels import attention_kernel
+from ..kernels.reference import dequantised
+
 
 def grouped_attention(q, k, v, mask=None, scale=None):
     """Softmax attention where query head h uses key/value head h // (Hq / Hkv).
@@ -39,3 +42,27 @@ def local_attention(q, k, v, layout, radius, attend=grouped_attention):
         out.append(attend(q[:, :, f * frame : (f + 1) * frame], keys, values))
     out.append(attend(q[:, :, video:], k, v))
     return torch.cat(out, dim=2)
+
+
+def by_frames(attend):
+    """Turn attend(q, k, v) into what `DiT.forward` calls: attention(q, k, v, layout, radius)."""
+
+    def attention(q, k, v, layout, radius=None):
+        return attend(q, k, v) if radius is None else local_attention(q, k, v, layout, radius, attend)
+
+    return attention
+
+
+def joint_attention(q, k, v, layout, radius=None, fp8=False):
+    """Attention of the transformer by the quickest way here: our own kernel, or torch with local layers frame by frame.
+
+    q [B, Hq, N, d], k and v [B, Hkv, N, d] in the token order of `layout`; radius: of a local layer, in frames. fp8: both
+    products take fp8, see `kernels.reference.attention`; where no card multiplies it, what fp8 leaves of q, k and v.
+    """
+    window = () if radius is None or radius >= layout.frames - 1 else (layout.frame, layout.frames, radius)
+    kernel = attention_kernel(q, k, v, fp8)
+    if kernel is not None:
+        return kernel(q, k, v, *window, fp8=fp8)
+    if fp8:
+        q, k, v = dequantised(q, -1), dequantised(k, (2, 3)), dequantised(v, 2)
+    return by_frames(grouped_attention)(q, k, v, layout, radius)

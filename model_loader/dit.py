@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from .attention import grouped_attention
+from .attention import by_frames, joint_attention
 from .dit_layers import Adapter, Layer, RMSNorm
 from .tokens import TokenLayout, patchify, rotary_table, unpatchify
 
@@ -34,21 +34,23 @@ class DiT(nn.Module):
         self.final_linear_video = operations.Linear(config.hidden_size, config.video_in_channels, **final)
         self.final_linear_audio = operations.Linear(config.hidden_size, config.audio_in_channels, **final)
 
-    def forward(self, video, audio, text, *, attention=None, step_cache=None):
+    def forward(self, video, audio, text, *, attention=None, fp8_attention=False, step_cache=None):
         """Predict velocity = noise - clean of both latents; the noise level is read off the latents themselves.
 
         video [B, C, T, H, W] (H, W even), audio [B, L, Ca], text [B, n, Ct]; all clips of a batch share sizes and text
-        length. `attention(q, k, v)` replaces `grouped_attention`. `step_cache(change, x, middle)` decides whether
-        middle(x) is called, see sampler.step_cache. Returns fp32 (video's shape, audio's shape). ValueError where sizes
-        do not fit.
+        length. `attention(q, k, v)` replaces our own, `fp8_attention` has ours multiply in fp8, see `joint_attention`.
+        `step_cache(change, x, middle)` decides whether middle(x) is called, see sampler.step_cache. Returns fp32
+        (video's shape, audio's shape). ValueError where sizes do not fit.
         """
         self._check(video, audio, text)
         layout = TokenLayout.of(video, audio, text)
         rotary = rotary_table(layout, self.config.positions, self.config.head_dim, video.device)
 
+        attend = by_frames(attention) if attention else functools.partial(joint_attention, fp8=fp8_attention)
+
         def run(layers, x):
             for layer in layers:
-                x = layer(x, layout, rotary, attention or grouped_attention)
+                x = layer(x, layout, rotary, attend)
             return x
 
         x, layers = self.adapter(patchify(video), audio, text), list(self.block.layers)
@@ -58,7 +60,7 @@ class DiT(nn.Module):
             del entered
             layers = layers[self.middle.stop :]
         for layer in layers:
-            x = layer(x, layout, rotary, attention or grouped_attention)
+            x = layer(x, layout, rotary, attend)
         x_video, x_audio, _ = x.split(layout.spans, dim=1)
         v_video = self.final_linear_video(self.final_norm_video(x_video))
         v_audio = self.final_linear_audio(self.final_norm_audio(x_audio))

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from ..kernels import add_rms_norm_spans, attention_inputs, gate_heads, gelu7, rms_norm, rms_norm_spans, swiglu7
-from .attention import local_attention
 
 MODALITIES = ("video", "audio", "text")
 PIECE = 4096  # tokens that pass the linears at a time, at most: every clip of 256p is whole
@@ -131,7 +130,7 @@ class Attention(nn.Module):
         pieces = cut(layout.spans, self.experts)
         parts = [self.inputs(*part) for part in zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)]
         q, k, v, gate = (join(part, dim) for part, dim in zip(zip(*parts, strict=True), (2, 2, 2, 1), strict=True))
-        out = attend(q, k, v) if self.radius is None else local_attention(q, k, v, layout, self.radius, attend)
+        out = attend(q, k, v, layout, self.radius)
         gated = zip(split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
         return join([project(self.linear_proj, gate_heads(o, g, self.dtype), spans) for o, g, spans in gated])
 
@@ -177,7 +176,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config, layer, **factory)
 
     def forward(self, x, layout, rotary, attend):
-        """x [B, N, D] fp32 -> the same; rotary [N, 6*(head_dim//8)] fp32; attend(q, k, v) as `grouped_attention`."""
+        """x [B, N, D] fp32 -> the same; rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`."""
         x, normed = self.mlp.pre_norm.of_sum(x, self.attention(x, layout, rotary, attend), layout.spans, self.mlp.dtype)
         return x + self.mlp(normed, layout)
 

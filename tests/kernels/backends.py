@@ -176,6 +176,18 @@ def test_gelu7(shape, layout, dtype, out_dtype):
     check(out, reference.gelu7(x, out_dtype), out_dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("columns", [13652, 16, 5])
+def test_activations_pad_their_rows_with_zeros(columns, dtype, out_dtype):
+    x = draw(2, 3, 2 * columns, dtype=dtype, scale=2.0)
+    for mine, plain in ((activation_triton.swiglu7, reference.swiglu7), (activation_triton.gelu7, reference.gelu7)):
+        found, expected = mine(x, out_dtype, padded=True), plain(x, out_dtype, padded=True)
+        count = columns if mine is activation_triton.swiglu7 else 2 * columns
+        assert found.shape == expected.shape == (2, 3, padded_columns(count))
+        check(found, expected, out_dtype)
+        assert out_dtype == FP8 or not found[..., count:].any()
+
+
 def test_activations_pass_nan_on_as_torch_does():
     x = torch.tensor([[[float("nan"), 1.0, 1.0, float("nan"), float("inf"), float("-inf")]]], device=DEVICE)
     found, expected = activation_triton.swiglu7(x), reference.swiglu7(x)

@@ -58,8 +58,8 @@ def activation(out, gated):
     block = BLOCK_COLUMNS if not quantise else 16384 if gated else 32768
     columns = 13652 if gated else 20480
     constants = {"COLUMNS": columns, "OUT_COLUMNS": padded_columns(columns) if quantise else columns}
-    constants |= {"X_ALIGNMENT": 8, "OUT_ALIGNMENT": 4, "GATED": gated, "QUANTISE": quantise, "BLOCK_COLUMNS": block}
-    return activation_kernel, {"x": BF16, "out": OUTPUTS[out], "scale": FP32}, constants, [], 16 if quantise else 4
+    constants |= {"X_ALIGNMENT": 8, "OUT_ALIGNMENT": 4, "GATED": gated, "WORDS": gated, "QUANTISE": quantise, "BLOCK_COLUMNS": block}
+    return activation_kernel, {"x": BF16, "out": OUTPUTS[out], "scale": FP32}, constants, [], 8 if quantise else 4
 
 
 def attention_inputs(out):
@@ -67,7 +67,7 @@ def attention_inputs(out):
 
     pointers = {name: OUTPUTS[out] for name in ("rows", "q", "k", "v")}
     pointers |= {name: FP32 for name in ("q_weight", "k_weight", "sin_cos", "gate")}
-    constants = {"QUERY_HEADS": 40, "KEY_HEADS": 8, "HEAD_DIM": 128, "HALF": 48, "BLOCK_TOKENS": 32}
+    constants = {"QUERY_HEADS": 40, "KEY_HEADS": 8, "HEAD_DIM": 128, "HALF": 48, "BLOCK_TOKENS": 8}
     constants |= {"HEADS_PER_PROGRAM": 8, "BLOCK_QUERY_HEADS": 64, "BLOCK_DIM": 128, "TOGETHER": 16}
     constants |= {"ROWS_ALIGNMENT": 8}
     return attention_inputs_kernel, pointers, constants, ["eps"], 4

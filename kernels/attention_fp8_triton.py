@@ -3,11 +3,13 @@
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fp8 import FP8, FP8_MAX
+from .fp8 import FP8
 
 LOG2_E = 1.4426950408889634
 SHIFT = 8.0  # the largest weight of a row is 2**8: weights down to 2**-17 of it are e4m3 numbers above zero
+BLOCK_QUERIES, BLOCK_KEYS = 64, 128
 KEY_MULTIPLE = 32  # keys change places in groups of so many, see `values_kernel`
 
 
@@ -190,21 +192,20 @@ def blocks_of_queries(tokens, frame, frames, size):
     return triton.cdiv(tokens - frames * frame, size) + frames * triton.cdiv(frame, size)
 
 
-def attention(q, k, v, frame=0, frames=0, radius=0, *, block_queries=128, block_keys=128, warps=8, stages=2):
-    """Attention."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def attention(q, k, v, frame=0, frames=0, radius=0, fp8=True, out=None):
+    """`reference.attention` with fp8, for bf16 q, k, v with heads of 128; `out` takes the result if given."""
+    assert fp8
     (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     narrow_q, query_scale, narrow_k, narrow_v, value_scale = quantised(q, k, v)
-    keys = TensorDescriptor.from_tensor(narrow_k.view(-1, head_dim), [block_keys, head_dim])
-    values = TensorDescriptor.from_tensor(narrow_v.view(-1, narrow_v.shape[-1]), [head_dim, block_keys])
-    grid = blocks_of_queries(tokens, frame, frames, block_queries), batch * heads
+    keys = TensorDescriptor.from_tensor(narrow_k.view(-1, head_dim), [BLOCK_KEYS, head_dim])
+    values = TensorDescriptor.from_tensor(narrow_v.view(-1, narrow_v.shape[-1]), [head_dim, BLOCK_KEYS])
     with torch.cuda.device_of(q):
-        attention_kernel[grid](
+        attention_kernel[(blocks_of_queries(tokens, frame, frames, BLOCK_QUERIES), batch * heads)](
             narrow_q, query_scale, keys, values, value_scale, out, *out.stride()[:3],
             heads, heads // key_heads, tokens, frame, frames, radius, head_dim**-0.5 * LOG2_E,
-            SHIFT=SHIFT, HEAD_DIM=head_dim, BLOCK_QUERIES=block_queries, BLOCK_KEYS=block_keys,
-            num_warps=warps, num_stages=stages,
+            SHIFT=SHIFT, HEAD_DIM=head_dim, BLOCK_QUERIES=BLOCK_QUERIES, BLOCK_KEYS=BLOCK_KEYS,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
