@@ -3,6 +3,7 @@
 from .dispatch import (
     add_rms_norm_spans,
     attention_inputs,
+    channel_norm,
     fp8_linear,
     gate_heads,
     gelu7,
@@ -12,18 +13,22 @@ from .dispatch import (
     swiglu7,
 )
 from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
+from .reference import memory_format_of, repeat_ends
 
 __all__ = [
     "FP8",
     "Fp8Rows",
     "add_rms_norm_spans",
     "attention_inputs",
+    "channel_norm",
     "fp8_linear",
     "gate_heads",
     "gelu7",
+    "memory_format_of",
     "quantise_rows",
     "quantise_weight",
     "renoise_step",
+    "repeat_ends",
     "rms_norm",
     "rms_norm_spans",
     "swiglu7",
