@@ -135,7 +135,8 @@ def gate_heads(x, gate, out_dtype=None):
 
 def channel_norm(x, eps, activation=None, before=0, after=0):
     """See `reference.channel_norm`; Triton serves x whose channels lie side by side."""
-    chosen = backend("channel_norm", x, columns=x.shape[1]) if x.stride(1) == 1 else reference
+    channels_last = reference.memory_format_of(x) == torch.channels_last_3d
+    chosen = backend("channel_norm", x, columns=x.shape[1]) if channels_last else reference
     return chosen.channel_norm(x, eps, activation, before, after)
 
 
