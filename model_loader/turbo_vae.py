@@ -48,7 +48,7 @@ def in_pieces(layer, x, margin=0, added_to=None, growth=1):
         if added_to is None:
             out[:, :, start:end] = result
         else:
-            out[:, :, start:end] += result
+            out[:, :, start:end].add_(result)  # += would also copy the sum onto itself
         del result  # the next one needs the room
     return out
 
