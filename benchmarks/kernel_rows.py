@@ -12,6 +12,7 @@ from .measure import cell, head, milliseconds, row_or_fault
 BF16 = torch.bfloat16
 SPANS = {"256p": (3584, 126, 300), "1080p": (65280, 126, 300), "cpu": (12, 2, 2)}
 LATENTS = {"256p": (1, 48, 32, 16, 28), "1080p": (1, 48, 32, 68, 120), "cpu": (1, 48, 4, 8, 14)}
+DECODED = {"256p": (1, 64, 8, 128, 224), "1080p": (1, 64, 8, 544, 960), "cpu": (1, 64, 2, 8, 14)}  # its last layers
 WIDTH, HEADS, HEAD_DIM, GATED, PLAIN = 5120, (40, 8), 128, 13652, 20480  # the last two: what the activations put out
 ROWS = (HEADS[0] + 2 * HEADS[1]) * HEAD_DIM + HEADS[0]
 
@@ -62,6 +63,10 @@ def rows(size, device):
         arguments = (draw(1, HEADS[0], tokens, HEAD_DIM), gates, out_dtype)
         return Row("gate_heads", f"to {name_of(out_dtype)}", arguments, moved)
 
+    def decoder_norm():
+        x = draw(*DECODED[size]).contiguous(memory_format=torch.channels_last_3d)
+        return Row("channel_norm", "silu, bf16", (x, 1e-8, "silu"), 2 * x.nbytes)
+
     def renoise():
         latents = [draw(*LATENTS[size], dtype=torch.float32) for _ in range(3)]
         return Row("renoise_step", "fp32", (*latents, 0.8, 0.7), 4 * latents[0].nbytes)
@@ -73,6 +78,7 @@ def rows(size, device):
         yield lambda out=out: activation("gelu7", PLAIN, PLAIN, *out)
         yield lambda out=out: gate(*out)
     yield inputs
+    yield decoder_norm
     yield renoise
 
 

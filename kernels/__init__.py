@@ -4,6 +4,7 @@ from .dispatch import (
     add_rms_norm_spans,
     attention_inputs,
     attention_kernel,
+    channel_norm,
     fp8_linear,
     gate_heads,
     gelu7,
@@ -13,6 +14,7 @@ from .dispatch import (
     swiglu7,
 )
 from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
+from .reference import memory_format_of, repeat_ends
 
 __all__ = [
     "FP8",
@@ -20,12 +22,15 @@ __all__ = [
     "add_rms_norm_spans",
     "attention_inputs",
     "attention_kernel",
+    "channel_norm",
     "fp8_linear",
     "gate_heads",
     "gelu7",
+    "memory_format_of",
     "quantise_rows",
     "quantise_weight",
     "renoise_step",
+    "repeat_ends",
     "rms_norm",
     "rms_norm_spans",
     "swiglu7",

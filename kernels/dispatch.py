@@ -46,6 +46,7 @@ LIMITS = {
     "activation": Limits(FLOATS, max_axes=4, max_columns=2**20, max_fp8_columns=2**16, min_capability=(8, 0)),
     "attention_inputs": Limits(FLOATS, max_axes=3, max_columns=16384, max_fp8_columns=0, min_capability=(8, 0)),
     "gate_heads": Limits(FLOATS, max_axes=4, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
+    "channel_norm": Limits(FLOATS, max_axes=5, max_columns=4096, max_fp8_columns=0, min_capability=(8, 0)),
     "renoise": Limits((torch.float32,), max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
 }
 
@@ -56,7 +57,14 @@ def triton_kernels():
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     try:
-        from . import activation_triton, attention_inputs_triton, gate_heads_triton, renoise_triton, rms_norm_triton
+        from . import (
+            activation_triton,
+            attention_inputs_triton,
+            channel_norm_triton,
+            gate_heads_triton,
+            renoise_triton,
+            rms_norm_triton,
+        )
 
         # Triton builds its launcher with a C compiler, which may be missing: that shows only when a kernel runs.
         rms_norm_triton.rms_norm(torch.ones(1, 16, device="cuda"), torch.zeros(16, device="cuda"))
@@ -69,6 +77,7 @@ def triton_kernels():
         "activation": activation_triton,
         "attention_inputs": attention_inputs_triton,
         "gate_heads": gate_heads_triton,
+        "channel_norm": channel_norm_triton,
         "renoise": renoise_triton,
     }
 
@@ -148,6 +157,13 @@ def gate_heads(x, gate, out_dtype=None):
     """See `reference.gate_heads`."""
     chosen = backend("gate_heads", x, gate, columns=x.shape[1] * x.shape[3], out_dtype=out_dtype)
     return chosen.gate_heads(x, gate, out_dtype)
+
+
+def channel_norm(x, eps, activation=None, before=0, after=0):
+    """See `reference.channel_norm`; Triton serves x whose channels lie side by side."""
+    channels_last = reference.memory_format_of(x) == torch.channels_last_3d
+    chosen = backend("channel_norm", x, columns=x.shape[1]) if channels_last else reference
+    return chosen.channel_norm(x, eps, activation, before, after)
 
 
 def renoise_step(x, velocity, noise, sigma, sigma_next):

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from .fp8 import FP8, FP8_MAX, padded_columns, quantise_rows
 
+ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu}  # of channel_norm
+CHANNEL_NORM_BYTES = 2**24  # of the frames that it works on at a time, in fp32; a frame of 1080p has more
+
 
 def narrowed(wide, out_dtype, padded=False):
     """Return fp32 results as `out_dtype`, its rows `padded` with zeros or not, or as Fp8Rows."""
@@ -145,3 +148,34 @@ def fp8_linear(x, weight, out_features, out_dtype):
     """
     out = F.linear(x.values.float(), weight.values[:out_features].float())
     return (out * x.scale * weight.scale[:out_features, 0]).to(out_dtype)
+
+
+def channel_norm(x, eps, activation=None, before=0, after=0):
+    """Divide every pixel of x [B, C, T, H, W] by its root mean square over the channels, then activate it.
+
+    activation: a key of ACTIVATIONS. Returns [B, C, before + T + after, H, W] with the ends repeated as `repeat_ends`
+    does, in x's dtype and memory format; each of the two steps is computed in fp32 and rounded to x's dtype.
+    """
+    batch, channels, frames, *size = x.shape
+    shape, end = (batch, channels, before + frames + after, *size), before + frames
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+    step = max(1, CHANNEL_NORM_BYTES // x[:, :, 0].nbytes)
+    for start in range(0, frames, step):
+        wide = x[:, :, start : start + step].float()
+        normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
+        out[:, :, before:end][:, :, start : start + step] = ACTIVATIONS[activation](normed.to(x.dtype))
+    out[:, :, :before], out[:, :, end:] = out[:, :, before : before + 1], out[:, :, end - 1 : end]
+    return out
+
+
+def repeat_ends(x, before, after):
+    """Repeat the first frame of x [B, C, T, H, W] `before` times in front of it, and the last one `after` times."""
+    if not before and not after:
+        return x
+    ends = x[:, :, :1].expand(-1, -1, before, -1, -1), x[:, :, -1:].expand(-1, -1, after, -1, -1)
+    return torch.cat([ends[0], x, ends[1]], dim=2).contiguous(memory_format=memory_format_of(x))
+
+
+def memory_format_of(x):
+    """Return whether the channels or the pixels of x [B, C, T, H, W], or of some of its frames, lie side by side."""
+    return torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format

@@ -7,9 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import channel_norm, memory_format_of, repeat_ends
+
 NORM_EPS = 1e-8  # of every norm but the shortcut's, which the configuration gives
-# A layer works on as many frames at once as have this size: a window of 36 at 1920x1088 has 4.8 GB, in fp32 twice that.
-PIECE_BYTES = 512 * 2**20
+# A layer works on as many frames at once as have this size: a window of 36 at 1920x1088 has 4.8 GB.
+PIECE_BYTES = 2**30
+
+
+def preferred_format(device):
+    """Return the memory format that convolutions on `device` run in without conversions: NVIDIA's read channels last.
+
+    On a CPU the two were equally fast; elsewhere nothing was measured.
+    """
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.channels_last_3d if nvidia else torch.contiguous_format
 
 
 def pieces(x, size):
@@ -18,38 +29,28 @@ def pieces(x, size):
     yield from ((start, min(start + frames, x.shape[2])) for start in range(0, x.shape[2], frames))
 
 
-def channel_norm(x, eps):
-    """Divide x [B, C, T, H, W] by its root mean square over the channels, in fp32; returned as x's dtype."""
-    out = torch.empty_like(x)
-    for first, last in pieces(x, PIECE_BYTES // 4):
-        wide = x[:, :, first:last].float()
-        out[:, :, first:last] = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
-    return out
+def in_pieces(layer, x, margin=0, added_to=None, growth=1):
+    """Run layer(frames, before, after) on x [B, C, T, H, W] in pieces: with `margin` frames more on either side.
 
-
-def in_pieces(layer, x, margin, added_to=None):
-    """Run layer(frames) on x [B, C, T, H, W] in pieces: for n frames it gets `margin` more on either side.
-
-    At the ends the last frame repeats. Returns [B, C', T, H', W'], or `added_to` with that added in place.
+    At the ends of x some of them are missing: the layer is to repeat the first frame `before` times, the last one
+    `after` times. growth: how many times larger than its input the layer's tensors get. Returns [B, C', T, H', W'] in
+    x's memory format, or `added_to` with that added in place.
     """
     frames, out = x.shape[2], added_to
-    for start, end in pieces(x, PIECE_BYTES):
+    for start, end in pieces(x, PIECE_BYTES // growth):
         first, last = max(0, start - margin), min(frames, end + margin)
-        result = layer(repeat_ends(x[:, :, first:last], margin - (start - first), margin - (last - end)))
-        if added_to is not None:
-            out[:, :, start:end] += result
-            continue
+        result = layer(x[:, :, first:last], margin - (start - first), margin - (last - end))
+        if out is None and end - start == frames:
+            return result.contiguous(memory_format=memory_format_of(x))
         if out is None:
-            out = result.new_empty(*result.shape[:2], frames, *result.shape[3:])
-        out[:, :, start:end] = result
+            shape = *result.shape[:2], frames, *result.shape[3:]
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+        if added_to is None:
+            out[:, :, start:end] = result
+        else:
+            out[:, :, start:end].add_(result)  # += would also copy the sum onto itself
+        del result  # the next one needs the room
     return out
-
-
-def repeat_ends(x, before, after):
-    """Repeat the first frame of x [B, C, T, H, W] `before` times in front of it, and the last one `after` times."""
-    if not before and not after:
-        return x
-    return torch.cat([x[:, :, :1].expand(-1, -1, before, -1, -1), x, x[:, :, -1:].expand(-1, -1, after, -1, -1)], dim=2)
 
 
 class Conv3(nn.Module):
@@ -87,21 +88,27 @@ class Residual(nn.Module):
         super().__init__()
         conv, size = (SeparableConv3, config.depthwise_kernel_size) if depthwise else (Conv3, 3)
         self.shortcut_eps = config.norm_eps
-        self.first_activation = F.relu if relu else F.silu
+        self.first_activation = "relu" if relu else "silu"
         self.conv1 = conv(cin, cout, (size,) * 3, **factory)
         self.conv2 = conv(cout, cout, (size,) * 3, **factory)
         self.conv_shortcut = conv(cin, cout, (1, 1, 1), **factory) if cin != cout else None
 
     def forward(self, x):
         """x [B, cin, T, H, W] -> [B, cout, T, H, W], in place where the widths are equal."""
-        h = in_pieces(
-            lambda p: self.conv1(self.first_activation(channel_norm(p, NORM_EPS), inplace=True)), x, self.conv1.margin
-        )
+        h = in_pieces(normed(self.conv1, NORM_EPS, self.first_activation), x, self.conv1.margin)
         if self.conv_shortcut is not None:
-            x = in_pieces(lambda p: self.conv_shortcut(channel_norm(p, self.shortcut_eps)), x, 0)
-        return in_pieces(
-            lambda p: self.conv2(F.silu(channel_norm(p, NORM_EPS), inplace=True)), h, self.conv2.margin, added_to=x
-        )
+            x = in_pieces(normed(self.conv_shortcut, self.shortcut_eps, None), x)
+        return in_pieces(normed(self.conv2, NORM_EPS, "silu"), h, self.conv2.margin, added_to=x)
+
+
+def normed(conv, eps, activation):
+    """Return the layer of `in_pieces` that norms and activates (see `kernels.channel_norm`), then convolves."""
+    return lambda frames, *ends: conv(channel_norm(frames, eps, activation, *ends))
+
+
+def plain(conv):
+    """Return the layer of `in_pieces` that convolves."""
+    return lambda frames, *ends: conv(repeat_ends(frames, *ends))
 
 
 class Upsampler(nn.Module):
@@ -118,17 +125,28 @@ class Upsampler(nn.Module):
     def forward(self, x, first):
         """x [B, C, T, H, W] -> [B, C, 2T, 2H, 2W]; `first` drops the new frame before the clip's first one."""
         if self.time_conv is not None:
-            even, odd = in_pieces(self.time_conv, x, self.time_conv.margin).chunk(2, dim=1)
-            x = torch.stack([even, odd], dim=3).flatten(2, 3)
-            x = x[:, :, 1:] if first else x
+            pairs = in_pieces(plain(self.time_conv), x, self.time_conv.margin)
+            x = interleave(*pairs.chunk(2, dim=1), memory_format_of(x))[:, :, 1 if first else 0 :]
         return in_pieces(
-            lambda p: per_frame(lambda frame: self.resample(F.interpolate(frame, scale_factor=2)), p), x, 0
+            lambda frames, *_: per_frame(lambda f: self.resample(F.interpolate(f, scale_factor=2)), frames),
+            x,
+            growth=4,
         )
+
+
+def interleave(even, odd, memory_format):
+    """Put the frames of two [B, C, T, H, W] in turn: [B, C, 2T, H, W]."""
+    batch, channels, frames, *size = even.shape
+    shape = batch, channels, 2 * frames, *size
+    out = torch.empty(shape, dtype=even.dtype, device=even.device, memory_format=memory_format)
+    out[:, :, 0::2], out[:, :, 1::2] = even, odd
+    return out
 
 
 def per_frame(operation, x):
     """Run an image operation on every frame of x [B, C, T, H, W]."""
-    frames = operation(x.transpose(1, 2).flatten(0, 1))
+    # Flattened with the channels last: else a single frame gets strides that do not show that they lie side by side.
+    frames = operation(x.movedim(1, -1).flatten(0, 1).movedim(-1, 1))
     return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
@@ -221,20 +239,19 @@ class TurboVAE(nn.Module):
 
     def decode_window(self, z, first):
         """Decode raw latent frames [B, C, T, h, w] at once -> 4T-3 pixel frames if they are the `first`, else 4T."""
-        x = in_pieces(self.conv_in, z, self.conv_in.margin)
+        z = z.contiguous(memory_format=preferred_format(z.device))  # all that follows keeps the format
+        x = in_pieces(plain(self.conv_in), z, self.conv_in.margin)
         for block in (self.mid_block, *self.up_blocks):
             for layer in block.layers(first):  # one loop, so that nothing else holds a layer's input
                 x = layer(x)
         if not self.config.unpatchify:
-            x = in_pieces(self.enlarged, x, 0)
-        pixels = in_pieces(
-            lambda p: self.conv_out(F.silu(channel_norm(p, NORM_EPS), inplace=True)), x, self.conv_out.margin
-        )
+            x = in_pieces(self.enlarged, x)
+        pixels = in_pieces(normed(self.conv_out, NORM_EPS, "silu"), x, self.conv_out.margin)
         return unpatchify(pixels) if self.config.unpatchify else pixels
 
-    def enlarged(self, x):
+    def enlarged(self, x, *ends):
         """Twice the height and width of x [B, C, T, H, W], a quarter of its channels: the option without unpatchify."""
-        x = F.silu(channel_norm(x, NORM_EPS))
+        x = channel_norm(x, NORM_EPS, "silu", *ends)
         return per_frame(lambda frame: F.pixel_shuffle(self.upsampler2d_1.conv(frame), 2), x)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from ..model_loader.config import TurboVAEConfig
 from ..model_loader.load import expected_tensors
+from ..model_loader.turbo_vae import PIECE_BYTES as DECODE_PIECE_BYTES
 from .sizes import PIXEL_MULTIPLE
 
 LINEAR_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}  # a weight of the linear layers; the rest has a dtype of its own
@@ -15,10 +16,12 @@ TEXT_TOKENS = 640  # at most
 # 1080p. Counted tensor by tensor by `benchmarks.memory --check`.
 TOKEN_BYTES, PIECE_BYTES, PIECE = 13, 55, 4096
 # Peak of one step of decoding in values for every pixel of the picture and channel of the widest full-size layer: 4
-# frames and what the convolutions keep of the step before (Wan2.2); a window of 9 latent frames (TurboVAED), and bytes
-# of the pieces it is worked through in.
+# frames and what the convolutions keep of the step before (Wan2.2).
 WAN_VALUES = 16
-TURBO_VALUES, TURBO_PIECE_BYTES = 48, 1_000_000_000
+# The same for one tensor of a window of 9 latent frames (TurboVAED), 36 frames of half the width and height and twice
+# the channels, and for 2 of its frames. A residual block has two such tensors, a piece of one that is normed, with a
+# frame more on either side, and that piece convolved.
+TURBO_VALUES, TURBO_MARGIN_VALUES = 18, 1
 # Bytes of a card that are never ours: the driver's context, the screen, and what ComfyUI keeps free (0.8 GB).
 RESERVED = 1_500_000_000
 
@@ -85,7 +88,9 @@ def decode_bytes(config, width, height, dtype):
     """
     values = width * height * dtype.itemsize
     if isinstance(config, TurboVAEConfig):
-        return values * TURBO_VALUES * config.block_out_channels[-1] + TURBO_PIECE_BYTES
+        values *= config.block_out_channels[-1]
+        window = TURBO_VALUES * values
+        return 2 * window + 2 * min(window, DECODE_PIECE_BYTES) + TURBO_MARGIN_VALUES * values
     return values * WAN_VALUES * config.dec_dim
 
 

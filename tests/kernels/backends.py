@@ -10,6 +10,7 @@ import torch
 from pack.kernels import (
     activation_triton,
     attention_inputs_triton,
+    channel_norm_triton,
     gate_heads_triton,
     reference,
     renoise_triton,
@@ -247,3 +248,59 @@ def test_renoise_step(shape, layout):
         found = renoise_triton.renoise_step(layout(x), layout(velocity), layout(noise), sigma, sigma_next, out=out)
         assert found is out
         check(found, reference.renoise_step(x, velocity, noise, sigma, sigma_next), FP32)
+
+
+def channels_last(x):
+    """The same values with the channels side by side, as some of the frames of a longer clip."""
+    wide = torch.full((*x.shape[:2], x.shape[2] + 3, *x.shape[3:]), float("nan"), dtype=x.dtype, device=x.device)
+    wide = wide.contiguous(memory_format=torch.channels_last_3d)
+    wide[:, :, 1:-2] = x
+    return wide[:, :, 1:-2]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("ends", [(0, 0), (1, 1), (0, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 64, 2, 12, 20), (1, 128, 3, 4, 7), (1, 256, 2, 5, 8), (1, 512, 2, 3, 5), (2, 12, 3, 9, 31), (1, 1, 1, 1, 1)],
+    ids=str,
+)
+def test_channel_norm(shape, ends, dtype):
+    x = draw(*shape, dtype=dtype, scale=3.0)
+    out_shape = shape[0], shape[1], sum(ends) + shape[2], *shape[3:]
+    found = {}
+    for activation in reference.ACTIVATIONS:
+        out = channels_last(unwritten(*out_shape, dtype=dtype))
+        found[activation] = channel_norm_triton.channel_norm(channels_last(x), 1e-6, activation, *ends, out=out)
+        assert found[activation] is out
+    check(found[None], reference.channel_norm(x, 1e-6, None, *ends), dtype)
+    assert torch.equal(found["relu"], found[None].relu())
+    wanted = reference.ACTIVATIONS["silu"](found[None])
+    check(found["silu"], wanted, dtype)
+    if not (dtype == FP32 or INTERPRETED and dtype == BF16):  # which the interpreter does not round, but cuts
+        assert (found["silu"] != wanted).float().mean() < 0.002, "silu of the norm before it was rounded"
+
+
+def test_channel_norm_writes_its_frames_and_no_others():
+    x = draw(2, 12, 3, 4, 5)
+    around = torch.full((2, 7, 4, 5, 12), float("nan"), device=DEVICE).permute(0, 4, 1, 2, 3)
+    channel_norm_triton.channel_norm(channels_last(x), 1e-6, before=1, out=around[:, :, 2:6])
+    check(around[:, :, 2:6], reference.channel_norm(x, 1e-6, before=1), FP32)
+    assert around[:, :, :2].isnan().all() and around[:, :, 6:].isnan().all()
+
+
+def test_channel_norm_of_pixels_that_lie_apart():
+    x = draw(1, 16, 2, 6, 8).contiguous(memory_format=torch.channels_last_3d)
+    for part in (x[:, :, :, 1:5, 2:7], x[:, :8]):
+        found = channel_norm_triton.channel_norm(part, 1e-6, "silu")
+        assert found.is_contiguous(memory_format=torch.channels_last_3d)
+        check(found, reference.channel_norm(part, 1e-6, "silu"), FP32)
+
+
+def test_channel_norm_eps_and_nan():
+    x = channels_last(torch.tensor([1e-6, float("nan"), 0.0], device=DEVICE).repeat(1, 4, 1, 1, 1))
+    for eps in (1e-8, 1e-3):
+        for activation in reference.ACTIVATIONS:
+            found = channel_norm_triton.channel_norm(x, eps, activation)
+            torch.testing.assert_close(found, reference.channel_norm(x, eps, activation), equal_nan=True)
+            assert found.isnan().any()

@@ -70,6 +70,8 @@ def test_a_gpu_gets_triton_inside_the_limits_only():
     assert dispatch.backend("activation", x, out_dtype=torch.bfloat16).__name__.endswith("activation_triton")
     assert dispatch.backend("rms_norm", x.double(), weight) is reference
     assert dispatch.backend("activation", x, columns=2**20 + 1) is reference
+    channels_last = torch.zeros(1, 64, 2, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last_3d)
+    assert dispatch.backend("channel_norm", channels_last, columns=64).__name__.endswith("channel_norm_triton")
     four_spans = kernels.rms_norm_spans(x, weight[[0, 1, 2, 0]], (1, 1, 1, 2))
     torch.testing.assert_close(four_spans.cpu(), reference.rms_norm_spans(X, WEIGHT[[0, 1, 2, 0]], (1, 1, 1, 2)))
 

@@ -103,6 +103,25 @@ def test_attention_inputs_norm_then_turn_queries_and_keys_head_by_head(spans):
     assert all(part.is_contiguous() for part in (q, k, v, gate))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("piece", [1, 2**24])
+def test_channel_norm_rounds_twice_and_repeats_the_ends(memory_format, piece, monkeypatch):
+    monkeypatch.setattr(reference, "CHANNEL_NORM_BYTES", piece)
+    x = torch.randn(2, 5, 3, 4, 6, generator=torch.Generator().manual_seed(3)) * 3
+    x = x.to(torch.bfloat16).contiguous(memory_format=memory_format)
+    long = x[:, :, [0, 0, 0, 1, 2, 2]]
+    wanted = long.double() / (long.double().pow(2).mean(1, keepdim=True) + 0.1).sqrt()
+    activations = {
+        None: lambda wide: wide,
+        "relu": lambda wide: wide.clamp(min=0),
+        "silu": lambda wide: wide * wide.sigmoid(),
+    }
+    for activation, formula in activations.items():
+        found = reference.channel_norm(x, 0.1, activation, before=2, after=1)
+        assert found.is_contiguous(memory_format=memory_format)
+        assert torch.equal(found, formula(wanted.to(torch.bfloat16).double()).to(torch.bfloat16))
+
+
 def test_renoise_step_ends_clean():
     x, velocity, noise = torch.randn(3, 2, 4)
     close(reference.renoise_step(x, velocity, noise, 0.8, 0.0), x.double() - 0.8 * velocity.double())

@@ -1,6 +1,7 @@
 """Every Triton kernel: under the interpreter, on the GPU where there is one, compiled ahead of time for each card."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,15 @@ def test_kernels_equal_their_references(interpret):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def compiled(kernel, pointers, constants, floats=(), *, card, **options):
-    """Compile `kernel` without a GPU: pointers {name: type}, constants {name: value}, every other argument an int64."""
+def compiled(kernel, pointers, constants, floats=(), *, card, aligned=(), **options):
+    """Compile `kernel` without a GPU: pointers {name: type}, constants {name: value}, every other argument an int64.
+
+    aligned: arguments that are multiples of 16, which Triton looks at when it compiles for a call.
+    """
     signature = {name: "i64" for name in kernel.arg_names}
     signature.update(pointers, **{name: "fp32" for name in floats}, **{name: "constexpr" for name in constants})
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = triton.backends.compiler.GPUTarget(*TARGETS[card])
     return triton.compile(source, target=target, options=options)
 
@@ -73,6 +78,13 @@ def attention_inputs(out):
     return attention_inputs_kernel, pointers, constants, ["eps"], 4
 
 
+def channel_norm(out):
+    from pack.kernels.channel_norm_triton import channel_norm_kernel
+
+    constants = {"CHANNELS": 64, "ACTIVATION": "silu", "BLOCK_PIXELS": 128, "BLOCK_CHANNELS": 64}
+    return channel_norm_kernel, {name: OUTPUTS[out] for name in ("x", "out")}, constants, ["eps"], 8
+
+
 def gate_heads(out):
     from pack.kernels.gate_heads_triton import gate_heads_kernel
 
@@ -96,6 +108,7 @@ KERNELS = {
     "swiglu7": (lambda out: activation(out, True), OUTPUTS),
     "gelu7": (lambda out: activation(out, False), OUTPUTS),
     "attention_inputs": (attention_inputs, ["bf16", "fp32"]),
+    "channel_norm": (channel_norm, ["bf16", "fp32"]),
     "gate_heads": (gate_heads, OUTPUTS),
     "renoise": (renoise, ["fp32"]),
 }
@@ -118,3 +131,13 @@ def test_kernels_compile_ahead_of_time(card, name, out, tmp_path, monkeypatch):
     assembly, binary = ("amdgcn", "hsaco") if card.startswith("gfx") else ("ptx", "cubin")
     assert card in next(line for line in result.asm[assembly].splitlines() if "target" in line)
     assert len(result.asm[binary]) > 1000
+
+
+def test_channel_norm_moves_16_bytes_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, pointers, constants, floats, warps = channel_norm("bf16")
+    strides = [f"{side}_{axis}" for side in pointers for axis in ("batch", "frame", "pixel")]
+    aligned = [*pointers, *strides]
+    ptx = compiled(kernel, pointers, constants, floats, card="sm_90", aligned=aligned, num_warps=warps).asm["ptx"]
+    moves = re.findall(r"(?:ld|st)\.global\S*", ptx)
+    assert {move[:2] for move in moves} == {"ld", "st"} and all(move.endswith(".v4.b32") for move in moves)

@@ -135,6 +135,37 @@ def test_turbo_layers_run_in_pieces_of_any_size(turbo, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("piece_bytes", [1, turbo_vae.PIECE_BYTES])
+def test_turbo_keeps_channels_last_all_the_way(turbo, monkeypatch, piece_bytes):
+    """As on an NVIDIA card: where one layer got its pixels side by side, it and what follows would convert them."""
+    assert turbo_vae.preferred_format(torch.device("cuda")) == torch.channels_last_3d or torch.version.hip
+    latent = torch.randn(1, 48, 5, 2, 3)
+    expected = turbo.decode(latent)
+    monkeypatch.setattr(turbo_vae, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(turbo_vae, "preferred_format", lambda device: torch.channels_last_3d)
+    formats = {torch.nn.Conv2d: torch.channels_last, torch.nn.Conv3d: torch.channels_last_3d}
+    convolutions = {name: module for name, module in turbo.named_modules() if type(module) in formats}
+    kept = {name: [] for name in convolutions}
+    for name, module in convolutions.items():
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name: kept[name].append(
+                inputs[0].is_contiguous(memory_format=formats[type(module)])
+            )
+        )
+    torch.testing.assert_close(turbo.decode(latent), expected, rtol=0, atol=1e-5)
+    assert all(calls and all(calls) for calls in kept.values()), kept
+
+
+@torch.no_grad()
+def test_turbo_decodes_two_clips_as_each_alone_in_either_format(turbo, monkeypatch):
+    latent = torch.randn(2, 48, 4, 2, 3)
+    alone = torch.cat([turbo.decode(clip) for clip in latent.split(1)])
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        monkeypatch.setattr(turbo_vae, "preferred_format", lambda device, chosen=memory_format: chosen)
+        torch.testing.assert_close(turbo.decode(latent), alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_turbo_options_without_goldens_have_their_published_names_and_shapes(turbo):
     separable = replace(turbo.config, depthwise=(True,) * 5, unpatchify=False)
     decoder = TurboVAE(separable)
