@@ -24,11 +24,10 @@ def activation_kernel(
     GATED: swiglu7 of twice the columns, else gelu7. WORDS: a gate and what it gates are read as one word of 32 bits.
     QUANTISE: out is fp8; the block holds the whole row.
     """
-    row = tl.program_id(0).to(tl.int64)
-    head = row % heads
-    token = (row // heads) % tokens
-    batch = row // heads // tokens
-    column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    token = (tl.program_id(0) // heads).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
 
     x_row = x + tl.multiple_of(batch * x_batch + token * x_token + head * x_head, X_ALIGNMENT)
     linear = 1.0
@@ -49,7 +48,7 @@ def activation_kernel(
     activated = gate * (root * root) * linear
     if QUANTISE:
         factor = row_scale(activated, axis=0)
-        tl.store(scale + row, factor)
+        tl.store(scale + (batch * tokens + token) * heads + head, factor)
         activated *= 1.0 / factor
     out_row = out + tl.multiple_of(batch * out_batch + token * out_token + head * out_head, OUT_ALIGNMENT)
     tl.store(out_row + column * out_column, activated.to(out.dtype.element_ty), mask=column < OUT_COLUMNS)
@@ -70,13 +69,14 @@ def launch(x, columns, gated, out_dtype, padded, out):
     if values.numel() == 0:
         return out
     block = triton.next_power_of_2(out_columns) if quantise else BLOCK_COLUMNS
+    read_at_once = 16 // (x.element_size() * (1 + gated))  # results of what a thread reads at once: it writes no more
     with torch.cuda.device_of(x):
-        activation_kernel[(batch * tokens * heads, triton.cdiv(out_columns, block))](
+        activation_kernel[(tokens * heads, triton.cdiv(out_columns, block), batch)](
             rows_in, rows_out, scale,
             *rows_in.stride(), *rows_out.stride(),
             tokens, heads,
             COLUMNS=columns, OUT_COLUMNS=out_columns,
-            X_ALIGNMENT=alignment(rows_in), OUT_ALIGNMENT=alignment(rows_out),
+            X_ALIGNMENT=alignment(rows_in), OUT_ALIGNMENT=min(alignment(rows_out), read_at_once),
             GATED=gated, WORDS=gated and holds_words(rows_in), QUANTISE=quantise, BLOCK_COLUMNS=block,
             num_warps=max(4, min(8, block // 512)) if quantise else 4,
         )  # fmt: skip

@@ -64,26 +64,24 @@ def block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS: gl.constexpr)
 
 @gluon.jit
 def load_blocks(
-    keys, values, first_keys, key_tiles, value_tiles, first_full, full, empty,
+    keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
     row_of_keys, row_of_values, blocks, near, near_end, far, tokens,
     VALUES_TRANSPOSED: gl.constexpr, BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: the first keys, then the values of every block together with the keys of the next one."""
-    key, first, end = block_of_keys(0, near, near_end, far, tokens, BLOCK_KEYS)
-    mbarrier.expect(first_full, keys.block_type.nbytes)
-    tma.async_copy_global_to_shared(keys, [row_of_keys + key, 0], first_full, first_keys)
+    """The loading warp: fill the rings of tiles as the two warpgroups empty them."""
     for number in range(blocks):
         stage = number % STAGES
-        next_key, first, end = block_of_keys(number + 1, near, near_end, far, tokens, BLOCK_KEYS)
+        free = ((number // STAGES) & 1) ^ 1
+        key, first, end = block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS)
+        mbarrier.wait(keys_empty.index(stage), free)
+        mbarrier.expect(keys_full.index(stage), keys.block_type.nbytes)
+        tma.async_copy_global_to_shared(keys, [row_of_keys + key, 0], keys_full.index(stage), key_tiles.index(stage))
         place = [row_of_values + key, 0]
         if VALUES_TRANSPOSED:
             place = [row_of_values, key]
-        mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), keys.block_type.nbytes + values.block_type.nbytes)
-        tma.async_copy_global_to_shared(values, place, full.index(stage), value_tiles.index(stage))
-        next_place = [row_of_keys + next_key, 0]  # past the last block some rows that nobody reads
-        tma.async_copy_global_to_shared(keys, next_place, full.index(stage), key_tiles.index(stage))
-        key = next_key
+        mbarrier.wait(values_empty.index(stage), free)
+        mbarrier.expect(values_full.index(stage), values.block_type.nbytes)
+        tma.async_copy_global_to_shared(values, place, values_full.index(stage), value_tiles.index(stage))
 
 
 @gluon.jit
@@ -147,8 +145,8 @@ def soften(scores, factor, largest, total, dtype: gl.constexpr, SHIFT: gl.conste
 
 @gluon.jit
 def serve_queries(
-    part, q, query_scale, value_scale, out, query_tile, first_keys, key_tiles, value_tiles,
-    first_full, full, empty, turns,
+    part, q, query_scale, value_scale, out, query_tile, key_tiles, value_tiles,
+    keys_full, values_full, keys_empty, values_empty, turns,
     q_token, out_token, row, first_query, end_query, blocks, near, near_end, far, tokens, scale,
     FP8_PRODUCTS: gl.constexpr, SHIFT: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
@@ -180,39 +178,45 @@ def serve_queries(
     total = sums_of_threads(nothing)
     result = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=OUT)
 
-    mbarrier.wait(first_full, 0)
-    scores = warpgroup_mma(query_tile, first_keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores, first_keys))[0]
+    mbarrier.wait(keys_full.index(0), 0)
+    scores = warpgroup_mma(query_tile, key_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores, key_tiles))[0]
+    warps_barrier()
+    mbarrier.arrive(keys_empty.index(0), count=1)
     key, first, end = block_of_keys(0, near, near_end, far, tokens, BLOCK_KEYS)
     scores = cut_off(scores, key, first, end, BLOCK_KEYS, SCORES)
     weights, largest, total, shrink = soften(scores, factor, largest, total, dtype, SHIFT)
-    for number in range(blocks - 1):
+    for number in range(1, blocks):
         stage = number % STAGES
-        value_tile = value_tiles.index(stage)
-        if FP8_PRODUCTS:
-            value_tile = value_tile.permute((1, 0))
-        mbarrier.wait(full.index(stage), (number // STAGES) & 1)
-        mbarrier.wait(turns.index(part), (number + 1 - part) & 1)
+        before = (number - 1) % STAGES
+        mbarrier.wait(keys_full.index(stage), (number // STAGES) & 1)
+        mbarrier.wait(turns.index(part), (number - part) & 1)
         next_scores = warpgroup_mma(
             query_tile, key_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
         )
         operand = as_operand(weights, dtype, OPERAND, FP8_PRODUCTS)
+        mbarrier.wait(values_full.index(before), ((number - 1) // STAGES) & 1)
+        value_tile = value_tiles.index(before)
+        if FP8_PRODUCTS:
+            value_tile = value_tile.permute((1, 0))
         product = warpgroup_mma(operand, value_tile, result, is_async=True)
         mbarrier.arrive(turns.index(1 - part), count=1)
         scores = warpgroup_mma_wait(1, deps=(next_scores, key_tiles))[0]
-        key, first, end = block_of_keys(number + 1, near, near_end, far, tokens, BLOCK_KEYS)
+        warps_barrier()
+        mbarrier.arrive(keys_empty.index(stage), count=1)
+        key, first, end = block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS)
         scores = cut_off(scores, key, first, end, BLOCK_KEYS, SCORES)
         weights, largest, total, shrink = soften(scores, factor, largest, total, dtype, SHIFT)
         product = warpgroup_mma_wait(0, deps=(product, value_tiles))[0]
         warps_barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(values_empty.index(before), count=1)
         result = product * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, OUT)), 1)
     stage = (blocks - 1) % STAGES
     value_tile = value_tiles.index(stage)
     if FP8_PRODUCTS:
         value_tile = value_tile.permute((1, 0))
     operand = as_operand(weights, dtype, OPERAND, FP8_PRODUCTS)
-    mbarrier.wait(full.index(stage), ((blocks - 1) // STAGES) & 1)
+    mbarrier.wait(values_full.index(stage), ((blocks - 1) // STAGES) & 1)
     product = warpgroup_mma(operand, value_tile, result, is_async=True)
     result = warpgroup_mma_wait(0, deps=(product, value_tiles))[0]
 
@@ -254,35 +258,36 @@ def attention_kernel(
     dtype: gl.constexpr = keys.dtype
     QUERY_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], dtype)
     query_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, HEAD_DIM], QUERY_TILE)
-    first_keys = gl.allocate_shared_memory(dtype, [BLOCK_KEYS, HEAD_DIM], keys.layout)
     key_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_KEYS, HEAD_DIM], keys.layout)
     value_tiles = gl.allocate_shared_memory(dtype, [STAGES] + values.block_type.shape, values.layout)
-    first_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(first_full, count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(keys_full.index(stage), count=1)
+        mbarrier.init(values_full.index(stage), count=1)
+        mbarrier.init(keys_empty.index(stage), count=2)
+        mbarrier.init(values_empty.index(stage), count=2)
     for part in gl.static_range(2):
         mbarrier.init(turns.index(part), count=1)
     gl.warp_specialize(
         [
             (serve_queries, (
-                0, q, query_scale, value_scale, out, query_tiles.index(0), first_keys, key_tiles, value_tiles,
-                first_full, full, empty, turns,
+                0, q, query_scale, value_scale, out, query_tiles.index(0), key_tiles, value_tiles,
+                keys_full, values_full, keys_empty, values_empty, turns,
                 q_token, out_token, row, first_query, end_query, blocks, near, near_end, far, tokens, scale,
                 FP8_PRODUCTS, SHIFT, HEAD_DIM, ROWS, BLOCK_KEYS, STAGES,
             )),
             (serve_queries, (
-                1, q, query_scale, value_scale, out, query_tiles.index(1), first_keys, key_tiles, value_tiles,
-                first_full, full, empty, turns,
+                1, q, query_scale, value_scale, out, query_tiles.index(1), key_tiles, value_tiles,
+                keys_full, values_full, keys_empty, values_empty, turns,
                 q_token, out_token, row, first_query, end_query, blocks, near, near_end, far, tokens, scale,
                 FP8_PRODUCTS, SHIFT, HEAD_DIM, ROWS, BLOCK_KEYS, STAGES,
             )),
             (load_blocks, (
-                keys, values, first_keys, key_tiles, value_tiles, first_full, full, empty,
+                keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
                 row_of_keys, row_of_values, blocks, near, near_end, far, tokens,
                 FP8_PRODUCTS, BLOCK_KEYS, STAGES,
             )),

@@ -22,7 +22,7 @@ def norm_and_rotate(
 
     rows, out, weight and angles [BLOCK_TOKENS] point at each token's first head, its weights, its sines and cosines.
     """
-    column = tl.arange(0, BLOCK_DIM).to(tl.int64)
+    column = tl.arange(0, BLOCK_DIM)
     partner = tl.where(column < HALF, column + HALF, tl.where(column < 2 * HALF, column - HALF, column))
     partner = tl.max_contiguous(tl.multiple_of(partner, TOGETHER), TOGETHER)
     angle = tl.where(column < HALF, column, tl.where(column < 2 * HALF, column - HALF, 0))
@@ -91,7 +91,7 @@ def attention_inputs_kernel(
                 KEY_HEADS, HEAD_DIM, HALF, HEADS_PER_PROGRAM, BLOCK_DIM, TOGETHER,
             )  # fmt: skip
     else:
-        column = tl.arange(0, BLOCK_DIM).to(tl.int64)[None, :]
+        column = tl.arange(0, BLOCK_DIM)[None, :]
         v_row = (v + batch * v_batch + token * v_token)[:, None]
         x = (row + (QUERY_HEADS + KEY_HEADS) * HEAD_DIM * rows_column)[:, None]
         first_head = (part - Q_PARTS - K_PARTS) * HEADS_PER_PROGRAM
@@ -101,7 +101,7 @@ def attention_inputs_kernel(
             value = tl.load(x + head * HEAD_DIM * rows_column + column * rows_column, mask=here)
             tl.store(v_row + head * v_head + column * v_column, value, mask=here)
         if first_head == 0:
-            query_head = tl.arange(0, BLOCK_QUERY_HEADS).to(tl.int64)[None, :]
+            query_head = tl.arange(0, BLOCK_QUERY_HEADS)[None, :]
             gate_inside = inside[:, None] & (query_head < QUERY_HEADS)
             logits = x + (KEY_HEADS * HEAD_DIM + query_head) * rows_column
             gates = tl.sigmoid(tl.load(logits, mask=gate_inside, other=0.0).to(tl.float32))

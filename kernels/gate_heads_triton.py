@@ -18,11 +18,10 @@ def gate_heads_kernel(
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Each program writes one row of out [batch, tokens, HEADS * HEAD_DIM]; QUANTISE: out is fp8."""
-    row = tl.program_id(0).to(tl.int64)
-    token = row % tokens
-    batch = row // tokens
+    token = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, BLOCK_HEADS).to(tl.int64)
-    column = tl.arange(0, BLOCK_DIM).to(tl.int64)
+    column = tl.arange(0, BLOCK_DIM)
     inside = (head < HEADS)[:, None] & (column < HEAD_DIM)[None, :]
     x_row = x + batch * x_batch + token * x_token
     values = tl.load(x_row + head[:, None] * x_head + column[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
@@ -32,7 +31,7 @@ def gate_heads_kernel(
     out_row = out + batch * out_batch + token * out_token
     if QUANTISE:
         factor = row_scale(tl.max(tl.abs(gated), axis=1), axis=0)
-        tl.store(scale + row, factor)
+        tl.store(scale + batch * tokens + token, factor)
         gated *= 1.0 / factor
         past = HEADS * HEAD_DIM + tl.arange(0, 16)
         tl.store(out_row + past * out_column, tl.zeros([16], out.dtype.element_ty), mask=past < OUT_COLUMNS)
@@ -50,7 +49,7 @@ def gate_heads(x, gate, out_dtype=None, out=None):
         return out
     block_heads, block_dim = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(x):
-        gate_heads_kernel[(batch * tokens,)](
+        gate_heads_kernel[(tokens, batch)](
             x, gate, values, scale,
             *x.stride(), *gate.stride(), *values.stride(),
             tokens,
