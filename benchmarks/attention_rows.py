@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..model_loader.attention import frame_windows, grouped_attention, local_attention
+from ..model_loader.attention import frame_windows, joint_attention, local_attention
 from ..model_loader.config import SR_1080P
 from ..model_loader.tokens import TokenLayout
 from .measure import cell, head, milliseconds, row_or_fault
@@ -28,11 +28,6 @@ def scores(layout, radius=None):
 def operations(layout, heads=HEADS, head_dim=HEAD_DIM, radius=None):
     """Return the floating-point operations of one layer's attention."""
     return 4 * heads * head_dim * scores(layout, radius)
-
-
-def folded(q, k, v):
-    """Full attention with the queries of a group side by side in one head."""
-    return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v).view(q.shape)
 
 
 def by(backend):
@@ -61,38 +56,47 @@ def flex(layout, radius, device):
 
 def table(device, rates, sizes):
     """Yield the lines: sizes {name: (TokenLayout, whether the local layers' attention is measured)}."""
-    yield from head("attention", "size", "ms", "floor ms", "floor/time", "max difference from ours")
+    yield from head("attention", "size", "ms", "TFLOP/s", "floor ms", "floor/time", "relative RMS from ours in bf16")
     for size, (layout, local) in sizes.items():
         q, k, v = (
             torch.randn(1, count, sum(layout.spans), HEAD_DIM, device=device, dtype=torch.bfloat16)
             for count in (HEADS, KEY_HEADS, KEY_HEADS)
         )
-        ways = {"ours": lambda: grouped_attention}
-        if device.type == "cuda":
-            ways |= {"group in one head": lambda: folded, "flash": lambda: by(SDPBackend.FLASH_ATTENTION)}
-            ways |= {"cuDNN": lambda: by(SDPBackend.CUDNN_ATTENTION)}
-        yield from compared(f"full, {size}", ways, (q, k, v), device, rates.floor(operations=operations(layout)))
+        gpu = device.type == "cuda"
+        ways = {"ours": lambda at=layout: partial(joint_attention, layout=at)}
+        if gpu:
+            ways |= {"ours, fp8": lambda at=layout: partial(joint_attention, layout=at, fp8=True)}
+            ways |= {"flash": lambda: by(SDPBackend.FLASH_ATTENTION), "cuDNN": lambda: by(SDPBackend.CUDNN_ATTENTION)}
+        yield from compared(f"full, {size}", ways, (q, k, v), device, rates, operations(layout))
         if local:
-            ways = {"ours, frame by frame": lambda at=layout: partial(local_attention, layout=at, radius=RADIUS)}
-            if device.type == "cuda":
+            ways = {"ours": lambda at=layout: partial(joint_attention, layout=at, radius=RADIUS)}
+            if gpu:
+                ways |= {"ours, fp8": lambda at=layout: partial(joint_attention, layout=at, radius=RADIUS, fp8=True)}
+                ways["torch, frame by frame"] = lambda at=layout: partial(local_attention, layout=at, radius=RADIUS)
                 ways["FlexAttention"] = lambda at=layout: flex(at, RADIUS, device)
-            floor = rates.floor(operations=operations(layout, radius=RADIUS))
-            yield from compared(f"local, {size}", ways, (q, k, v), device, floor)
+            yield from compared(f"local, {size}", ways, (q, k, v), device, rates, operations(layout, radius=RADIUS))
 
 
-def compared(size, ways, qkv, device, floor):
-    """Yield one line for each of the ways; the first one is ours."""
+def compared(size, ways, qkv, device, rates, operations):
+    """Yield one line for each of the ways; the first one is ours in bf16."""
     found = []
 
-    def cells(make):
+    def cells(make, fp8):
         attend = make()
         found.append(attend(*qkv))
-        difference = (found[-1].float() - found[0].float()).abs().max().item()
-        time = milliseconds(lambda: attend(*qkv), device)
-        return cell(time), cell(floor), f"{floor / time:.0%}", f"{difference:.1e}"
+        difference = relative_rms(found[-1], found[0])
+        del found[1:]
+        time, floor = milliseconds(lambda: attend(*qkv), device), rates.floor(operations=operations, fp8=fp8)
+        share = cell(floor and floor / time, "{:.0%}")
+        return cell(time), cell(operations / time / 1e9, "{:.2f}"), cell(floor), share, f"{difference:.1e}"
 
     for name, make in ways.items():
-        yield row_or_fault((name, size), lambda make=make: cells(make))
+        yield row_or_fault((name, size), lambda make=make, fp8="fp8" in name: cells(make, fp8))
+
+
+def relative_rms(found, wanted):
+    """Return the RMS of the difference over the RMS of `wanted`."""
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
 
 
 def layouts(cpu):

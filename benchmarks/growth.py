@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..model_loader.attention import local_attention
+from ..model_loader.attention import joint_attention
 from ..model_loader.config import DISTILL, SR_1080P
 from .attention_rows import CLIPS, HEADS, KEY_HEADS
 from .measure import cell, head, milliseconds, row_or_fault
@@ -35,7 +35,7 @@ def table(device, cpu):
     first = next(iter(clips.values()))
 
     def layer_ms(config, layer, layout):
-        return milliseconds(layer_call(config, layout, layer, False, device), device)
+        return milliseconds(layer_call(config, layout, layer, "bf16", device), device)
 
     seconds = (1, 2, 4) if cpu else (2, 5, 10, 20)
     yield grown(
@@ -71,7 +71,7 @@ def attention_ms(layout, radius, device, cpu):
         torch.randn(1, count, sum(layout.spans), head_dim, device=device, dtype=torch.bfloat16)
         for count in (heads, key_heads, key_heads)
     )
-    return milliseconds(partial(local_attention, q, k, v, layout, radius), device)
+    return milliseconds(partial(joint_attention, q, k, v, layout, radius), device)
 
 
 def grown(what, against, sizes, measure):

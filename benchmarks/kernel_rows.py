@@ -67,6 +67,10 @@ def rows(size, device):
         x = draw(*DECODED[size]).contiguous(memory_format=torch.channels_last_3d)
         return Row("channel_norm", "silu, bf16", (x, 1e-8, "silu"), 2 * x.nbytes)
 
+    def add():
+        x, delta = draw(1, tokens, WIDTH, dtype=torch.float32), draw(1, tokens, WIDTH)
+        return Row("add", "fp32 and bf16", (x, delta), tokens * WIDTH * (4 + 2 + 4))
+
     def renoise():
         latents = [draw(*LATENTS[size], dtype=torch.float32) for _ in range(3)]
         return Row("renoise_step", "fp32", (*latents, 0.8, 0.7), 4 * latents[0].nbytes)
@@ -79,6 +83,7 @@ def rows(size, device):
         yield lambda out=out: gate(*out)
     yield inputs
     yield decoder_norm
+    yield add
     yield renoise
 
 

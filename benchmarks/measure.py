@@ -16,6 +16,7 @@ from ..kernels.fp8 import quantise_rows, quantise_weight, scaled_matmul
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}  # more than the last-level cache of any card, of most processors
+FLUSHES = {"cuda": 4, "cpu": 1}  # so many that a card is busy until what is measured has been launched
 
 
 def card_name(device):
@@ -53,7 +54,9 @@ def milliseconds(call, device, seconds=0.3):
     flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
     times, stop = [], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < stop:
-        for _ in range(4 if device.type == "cuda" else 1):  # so long that the launches of call() wait for it, not it for them
+        for _ in range(
+            4 if device.type == "cuda" else 1
+        ):  # so long that the launches of call() wait for it, not it for them
             flush.zero_()
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

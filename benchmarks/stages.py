@@ -1,11 +1,12 @@
 """The networks' part of the table: one layer, whole stages with random weights of the full size, and the decoder."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..model_loader import fp8_linear
+from ..model_loader import fp8_linear, padded_linear
 from ..model_loader.attention import joint_attention
 from ..model_loader.config import DISTILL, SR_540P, SR_1080P, TURBO_7_7
 from ..model_loader.dit import DiT
@@ -24,6 +25,12 @@ SMALL = {"num_layers": 4, "hidden_size": 256, "num_query_groups": 1, "text_in_ch
 SMALL |= {"expert_layers": (0, 3), "gelu7_layers": (0,)}
 SMALL_TURBO = replace(TURBO_7_7, block_out_channels=(16, 16, 8, 8))
 STEPS = {"256p": (DISTILL, 8), "540p": (SR_540P, 5), "1080p": (SR_1080P, 5)}
+WAYS = {  # of computing: (fp8 linears, fp8 attention)
+    "bf16": (False, False),
+    "fp8, fp8 attention": (True, True),
+    "fp8": (True, False),
+    "bf16, fp8 attention": (False, True),
+}
 # Published times of the stages and of their decoding on one H100, seconds (daVinci-MagiHuman).
 PUBLISHED = {"256p": (1.6, 0.4), "540p": (5.1, 1.3), "1080p": (31.0, 5.8)}
 
@@ -44,11 +51,12 @@ def layer_operations(config, layer, layout):
     return linears, operations(layout, config.num_heads, config.head_dim, radius)
 
 
-def floor(config, layers, layout, rates, fp8):
-    """Return the least milliseconds of these layers: linears at the measured matmul rate, attention at the bf16 one."""
+def floor(config, layers, layout, rates, fp8, fp8_attention=False):
+    """Return the least milliseconds of these layers: multiplications at the measured rates of large matmuls."""
     parts = [layer_operations(config, layer, layout) for layer in layers]
     linears = rates.floor(operations=sum(part[0] for part in parts), fp8=fp8)
-    return None if linears is None else linears + rates.floor(operations=sum(part[1] for part in parts))
+    attention = rates.floor(operations=sum(part[1] for part in parts), fp8=fp8_attention)
+    return None if linears is None or attention is None else linears + attention
 
 
 def randomise(network):
@@ -66,39 +74,40 @@ def randomise(network):
 
 def operations_of(fp8):
     """Return what builds the linears."""
-    return fp8_linear if fp8 else torch.nn
+    return fp8_linear if fp8 else padded_linear
 
 
 def layer_table(device, rates, cpu):
     """Yield the lines of single layers: what most layers are, one with experts, one with local attention."""
-    yield from head("layer", "size", "weights", "ms", "floor ms", "floor/time", "peak GB beyond weights and input")
+    yield from head("layer", "size", "precision", "ms", "floor ms", "floor/time", "peak GB beyond weights and input")
     for size, layout in (SMALL_CLIPS if cpu else CLIPS).items():
         config = small(SR_1080P) if cpu else STEPS[size][0]
         kinds = {"shared, full attention": 2 if cpu else 7, "experts": 3 if cpu else 37}
         if config.local_attention_layers:
             kinds["shared, local attention"] = 1 if cpu else 8
-        for fp8 in (False, True):
+        for way in ("bf16", "fp8, fp8 attention"):
             for name, layer in kinds.items():
                 yield row_or_fault(
-                    (name, size, "fp8" if fp8 else "bf16"),
-                    lambda layer=layer, fp8=fp8, at=(config, layout): layer_cells(*at, layer, fp8, device, rates),
+                    (name, size, way),
+                    lambda layer=layer, way=way, at=(config, layout): layer_cells(*at, layer, way, device, rates),
                 )
 
 
-def layer_call(config, layout, layer, fp8, device):
-    """Build one layer with random weights, return a call that runs it."""
+def layer_call(config, layout, layer, way, device):
+    """Build one layer with random weights, return a call that runs it by one of the WAYS."""
+    fp8, fp8_attention = WAYS[way]
     factory = {"operations": operations_of(fp8), "dtype": torch.bfloat16, "device": device}
     network = randomise(Layer(config, layer, **factory))
     rotary = rotary_table(layout, config.positions, config.head_dim, device)
     x = torch.randn(1, sum(layout.spans), config.hidden_size, device=device)
-    return lambda: network(x, layout, rotary, joint_attention)
+    return lambda: network(x, layout, rotary, partial(joint_attention, fp8=fp8_attention))
 
 
-def layer_cells(config, layout, layer, fp8, device, rates):
+def layer_cells(config, layout, layer, way, device, rates):
     """Return the cells of one layer."""
-    call = layer_call(config, layout, layer, fp8, device)
+    call = layer_call(config, layout, layer, way, device)
     time = milliseconds(call, device)
-    least = floor(config, [layer], layout, rates, fp8)
+    least = floor(config, [layer], layout, rates, *WAYS[way])
     return cell(time), cell(least), cell(least and least / time, "{:.0%}"), cell(peak_gigabytes(call, device), "{:.2f}")
 
 
@@ -109,7 +118,7 @@ def as_variant(network, config):
         layer.attention.radius = config.frame_receptive_field if i in config.local_attention_layers else None
 
 
-def stage_call(network, layout, steps, device):
+def stage_call(network, layout, steps, device, fp8_attention):
     """Return a call that samples a whole stage: renoise for 8 steps, FlowUniPC for super-resolution's 5."""
     config = network.config
     noise = seeded_noise(0)
@@ -120,7 +129,7 @@ def stage_call(network, layout, steps, device):
     text = torch.randn(1, layout.text, config.text_in_channels, device=device)
 
     def velocity(video, audio, sigma):
-        return network(video, audio, text)
+        return network(video, audio, text, fp8_attention=fp8_attention)
 
     if config.positions == "v2":
         return lambda: denoise_renoise(velocity, video, audio, flow_sigmas(steps), noise=noise)
@@ -129,10 +138,8 @@ def stage_call(network, layout, steps, device):
 
 def stage_table(device, rates, cpu):
     """Yield the lines of the whole stages, once after a warm-up of one step."""
-    yield from head(
-        "stage", "size", "weights", "s", "floor s", "floor/time", "published s (H100)", "peak GB beyond weights"
-    )
-    clips = SMALL_CLIPS if cpu else CLIPS
+    names = ("stage", "size", "precision", "s", "floor s", "floor/time", "published s (H100)", "peak GB beyond weights")
+    yield from head(*names)
     for fp8 in (False, True):
         config = small(DISTILL) if cpu else DISTILL
         try:
@@ -141,22 +148,28 @@ def stage_table(device, rates, cpu):
             yield f"| all | all | {'fp8' if fp8 else 'bf16'} | the weights do not fit this card |"
             continue
         randomise(network)
-        for size, layout in clips.items():
-            for variant, steps in STEPS.values() if cpu else (STEPS[size],):
-                as_variant(network, small(variant) if cpu else variant)
-                name = f"{steps} steps" + (", local layers" if network.config.local_attention_layers else "")
-                yield row_or_fault(
-                    (name, size, "fp8" if fp8 else "bf16"),
-                    lambda at=(network, size, layout, steps, fp8): stage_cells(*at, device, rates),
-                )
+        for way in [way for way, (narrow, _) in WAYS.items() if narrow == fp8]:
+            yield from stage_lines(network, way, device, rates, cpu)
         del network
 
 
-def stage_cells(network, size, layout, steps, fp8, device, rates):
+def stage_lines(network, way, device, rates, cpu):
+    """Yield the lines of one network's stages by one of the WAYS."""
+    for size, layout in (SMALL_CLIPS if cpu else CLIPS).items():
+        for variant, steps in STEPS.values() if cpu else (STEPS[size],):
+            as_variant(network, small(variant) if cpu else variant)
+            name = f"{steps} steps" + (", local layers" if network.config.local_attention_layers else "")
+            yield row_or_fault(
+                (name, size, way), lambda at=(network, size, layout, steps, way): stage_cells(*at, device, rates)
+            )
+
+
+def stage_cells(network, size, layout, steps, way, device, rates):
     """Return the cells of one stage."""
-    peak = peak_gigabytes(stage_call(network, layout, 1, device), device)
-    seconds = once(stage_call(network, layout, steps, device), device)
-    least = floor(network.config, range(network.config.num_layers), layout, rates, fp8)
+    fp8, fp8_attention = WAYS[way]
+    peak = peak_gigabytes(stage_call(network, layout, 1, device, fp8_attention), device)
+    seconds = once(stage_call(network, layout, steps, device, fp8_attention), device)
+    least = floor(network.config, range(network.config.num_layers), layout, rates, fp8, fp8_attention)
     least = least and least * steps / 1000
     published = PUBLISHED[size][0] if size in PUBLISHED else None
     return (

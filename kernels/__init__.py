@@ -1,6 +1,7 @@
 """The network's element-wise and row-wise ops; the networks import them from here."""
 
 from .dispatch import (
+    add,
     add_rms_norm_spans,
     attention_inputs,
     attention_kernel,
@@ -12,6 +13,7 @@ from .dispatch import (
     rms_norm,
     rms_norm_spans,
     swiglu7,
+    why_no_fp8_attention,
 )
 from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
 from .reference import memory_format_of, repeat_ends
@@ -19,6 +21,7 @@ from .reference import memory_format_of, repeat_ends
 __all__ = [
     "FP8",
     "Fp8Rows",
+    "add",
     "add_rms_norm_spans",
     "attention_inputs",
     "attention_kernel",
@@ -34,4 +37,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_spans",
     "swiglu7",
+    "why_no_fp8_attention",
 ]

@@ -7,7 +7,7 @@ import triton.language as tl
 from .rows_triton import alignment, as_rows, empty_output, parts_of_output, row_scale
 
 SIGMOID_EXPONENT = tl.constexpr(-1.702 * 1.4426950408889634)  # sigmoid(1.702 x) = 1 / (1 + 2 ** (this * x))
-BLOCK_COLUMNS = 1024  # of the output, where no scale of the whole row is asked for
+BLOCK_COLUMNS = 2048  # of the output, where no scale of the whole row is asked for
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def launch(x, columns, gated, out_dtype, padded, out):
             COLUMNS=columns, OUT_COLUMNS=out_columns,
             X_ALIGNMENT=alignment(rows_in), OUT_ALIGNMENT=min(alignment(rows_out), read_at_once),
             GATED=gated, WORDS=gated and holds_words(rows_in), QUANTISE=quantise, BLOCK_COLUMNS=block,
-            num_warps=max(4, min(8, block // 512)) if quantise else 4,
+            num_warps=max(4, min(8, block // 256)),
         )  # fmt: skip
     return out
 

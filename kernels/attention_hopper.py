@@ -309,7 +309,9 @@ def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False, out=None):
         query_scale = value_scale = q
         value_rows, value_block, dtype = v.reshape(-1, head_dim), [BLOCK_KEYS, head_dim], gl.bfloat16
     key_block = [BLOCK_KEYS, head_dim]
-    key_layout, value_layout = (gl.NVMMASharedLayout.get_default_for(block, dtype) for block in (key_block, value_block))
+    key_layout, value_layout = (
+        gl.NVMMASharedLayout.get_default_for(block, dtype) for block in (key_block, value_block)
+    )
     keys = TensorDescriptor.from_tensor(k.reshape(-1, head_dim), key_block, key_layout)
     values = TensorDescriptor.from_tensor(value_rows, value_block, value_layout)
     with torch.cuda.device_of(q):

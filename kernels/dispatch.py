@@ -47,6 +47,7 @@ LIMITS = {
     "attention_inputs": Limits(FLOATS, max_axes=3, max_columns=16384, max_fp8_columns=0, min_capability=(8, 0)),
     "gate_heads": Limits(FLOATS, max_axes=4, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
     "channel_norm": Limits(FLOATS, max_axes=5, max_columns=4096, max_fp8_columns=0, min_capability=(8, 0)),
+    "add": Limits(FLOATS, max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
     "renoise": Limits((torch.float32,), max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
 }
 
@@ -59,6 +60,7 @@ def triton_kernels():
     try:
         from . import (
             activation_triton,
+            add_triton,
             attention_inputs_triton,
             channel_norm_triton,
             gate_heads_triton,
@@ -73,6 +75,7 @@ def triton_kernels():
         logging.warning(f"happyhorse-local: Triton does not work here ({reason}); torch runs its ops, more slowly")
         return None
     return {
+        "add": add_triton,
         "rms_norm": rms_norm_triton,
         "activation": activation_triton,
         "attention_inputs": attention_inputs_triton,
@@ -90,7 +93,9 @@ def working_attention(capability, fp8):
     for name in candidates if triton_kernels() else ():
         try:
             kernel = importlib.import_module(f".{name}", __package__).attention
-            kernel(*(torch.ones(1, 1, 256, ATTENTION_HEAD, dtype=torch.bfloat16, device="cuda") for _ in range(3)), fp8=fp8)
+            kernel(
+                *(torch.ones(1, 1, 256, ATTENTION_HEAD, dtype=torch.bfloat16, device="cuda") for _ in range(3)), fp8=fp8
+            )
         except Exception as error:  # it asks for more than this Triton has
             reason = f"{type(error).__name__}: {error}"
             logging.warning(f"happyhorse-local: kernels/{name}.py does not work here ({reason}); another way is taken")
@@ -104,6 +109,21 @@ def attention_kernel(q, k, v, fp8=False):
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     served = q.is_cuda and q.dtype == torch.bfloat16 and q.shape[-1] == ATTENTION_HEAD and not needs_gradient
     return working_attention(torch.cuda.get_device_capability(q.device), fp8) if served else None
+
+
+def why_no_fp8_attention(device, head_dim):
+    """Return why no kernel multiplies attention in fp8 on a device for heads of so many columns, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it wants an NVIDIA card, not '{device.type}'"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} does not multiply fp8 (compute capability {capability[0]}.{capability[1]}, it takes 8.9)"
+    if head_dim != ATTENTION_HEAD:
+        return f"the model's heads have {head_dim} columns, the kernel serves {ATTENTION_HEAD}"
+    if working_attention(capability, True) is None:
+        return "Triton cannot run the kernel (ComfyUI's log says why)"
+    return None
 
 
 def backend(op, *tensors, columns=None, out_dtype=None):
@@ -131,6 +151,12 @@ def rms_norm_spans(x, weight, spans, eps=1e-6, out_dtype=None):
     return chosen.rms_norm_spans(x, weight, spans, eps, out_dtype)
 
 
+def add(x, delta, out=None):
+    """See `reference.add`; Triton serves an `out` without gaps."""
+    served = x.dtype == torch.float32 and (out is None or out.is_contiguous())
+    return (backend("add", x, delta) if served else reference).add(x, delta, out)
+
+
 def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
     """See `reference.add_rms_norm_spans`; Triton serves at most three spans."""
     chosen = backend("rms_norm", x, delta, weight, out_dtype=out_dtype) if len(spans) <= 3 else reference
@@ -147,10 +173,10 @@ def gelu7(x, out_dtype=None, padded=False):
     return backend("activation", x, out_dtype=out_dtype).gelu7(x, out_dtype, padded)
 
 
-def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):
-    """See `reference.attention_inputs`; Triton serves at most three spans."""
+def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None):
+    """See `reference.attention_inputs`; Triton serves at most three spans. `out` takes the four results if given."""
     chosen = backend("attention_inputs", rows, q_weight, k_weight, sin_cos) if len(spans) <= 3 else reference
-    return chosen.attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps)
+    return chosen.attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps, out)
 
 
 def gate_heads(x, gate, out_dtype=None):

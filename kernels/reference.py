@@ -42,6 +42,11 @@ def rms_norm_spans(x, weight, spans, eps=1e-6, out_dtype=None):
     return narrowed(normed[0] if len(normed) == 1 else torch.cat(normed, dim=1), out_dtype)
 
 
+def add(x, delta, out=None):
+    """Add to the residual stream: x fp32, delta of its shape and any float dtype -> fp32; `out` takes it if given."""
+    return torch.add(x, delta, out=out)
+
+
 def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
     """Add to the residual stream and norm the sum: (x + delta, `rms_norm_spans` of it).
 
@@ -84,12 +89,13 @@ def rotate(x, sin_cos):
     return torch.cat([*turned, rest], dim=-1).to(x.dtype)
 
 
-def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):
+def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None):
     """Turn the rows of the fused projection into what attention reads: q and k normed head by head and rotated.
 
     rows [B, N, (Hq + 2 Hkv) d + Hq] = queries, keys, values, one gate logit a query head; q_weight and k_weight [E, d]
     with one row for each of the `spans`; sin_cos as `rotate`; heads = (Hq, Hkv). Returns contiguous q [B, Hq, N, d],
-    k and v [B, Hkv, N, d] in rows' dtype and the gate's sigmoid [B, N, Hq] fp32; computed in fp32.
+    k and v [B, Hkv, N, d] in rows' dtype and the gate's sigmoid [B, N, Hq] fp32; computed in fp32. `out` takes them if
+    given.
     """
     (query_heads, key_heads), head_dim = heads, q_weight.shape[-1]
     qk, v, gate = rows.split(((query_heads + key_heads) * head_dim, key_heads * head_dim, query_heads), dim=-1)
@@ -97,7 +103,12 @@ def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6):
     normed = rms_norm_spans(qk.unflatten(-1, (-1, head_dim)), weight, spans, eps, torch.float32)
     q, k = rotate(normed, sin_cos).to(rows.dtype).split(heads, dim=2)
     q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v.unflatten(-1, (-1, head_dim))))
-    return q, k, v, torch.sigmoid(gate.float())
+    made = q, k, v, torch.sigmoid(gate.float())
+    if out is None:
+        return made
+    for place, tensor in zip(out, made, strict=True):
+        place.copy_(tensor)
+    return out
 
 
 def gate_heads(x, gate, out_dtype=None):

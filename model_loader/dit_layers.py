@@ -6,10 +6,8 @@ is fp32, matmuls and attention run in the linears' dtype, norms, rotation, gate 
 Long sequences pass the linears in pieces, so that no wide row exists for every token at once. A 1080p clip has N =
 65,706 tokens: x takes 1.35 GB, one bf16 [N, D] 0.67, q, k and v together 0.94; an unsplit MLP would take 5.4 more (up
 3.6, activation 1.8), a piece of 4,096 tokens takes 0.34. Peaks in GB, with the layer's input, which the caller holds:
-x 1.35 + q, k, v in pieces and whole 1.89 = 3.2; x 1.35 + q, k, v 0.94 + attention's output 0.67, and twice its
-projection 1.35 = 4.3 (a local layer joins its blocks first: less); sum and norm: x 1.35 + change 0.67 + sum 1.35 +
-normed 0.67 = 4.0 (in torch, with one fp32 temporary, 5.4); MLP: input and sum 2.69 + normed 0.67 + output in pieces
-and whole 1.35 + one piece 0.34 = 5.1; then input, sum and new sum 4.04 + normed and output 1.35 = 5.4, the highest.
+x 1.35 + q, k, v 0.94 + attention's output 0.67 = 3.0; x 1.35 + attention's output 0.67 + the layer's output 1.35 + what
+one piece takes from the gate to the MLP, in plain torch at most 1.5 = 4.9, the highest.
 """
 
 import math
@@ -17,7 +15,17 @@ import math
 import torch
 from torch import nn
 
-from ..kernels import add_rms_norm_spans, attention_inputs, gate_heads, gelu7, rms_norm, rms_norm_spans, swiglu7
+from ..kernels import (
+    FP8,
+    add,
+    add_rms_norm_spans,
+    attention_inputs,
+    gate_heads,
+    gelu7,
+    rms_norm,
+    rms_norm_spans,
+    swiglu7,
+)
 
 MODALITIES = ("video", "audio", "text")
 PIECE = 4096  # tokens that pass the linears at a time, at most: every clip of 256p is whole
@@ -44,6 +52,11 @@ def split(x, pieces, dim=1):
 def join(parts, dim=1):
     """Concatenate; a single part is returned as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def in_one_go(pieces):
+    """Tell whether results are joined, as autograd wants it and a single piece can have it; else they go to their place."""
+    return len(pieces) == 1 or torch.is_grad_enabled()
 
 
 class RMSNorm(nn.Module):
@@ -93,6 +106,11 @@ def input_dtype(operations, dtype):
     return getattr(operations, "INPUT_DTYPE", dtype)
 
 
+def takes_padded_rows(operations):
+    """Tell whether the linears take rows that zeros fill up to a multiple of 16 columns: `operations` says so."""
+    return getattr(operations, "TAKES_PADDED_ROWS", False)
+
+
 def linear(in_features, out_features, experts, *, operations, **factory):
     """Build a bias-free Linear, or one for each modality where `experts` is 3."""
     if experts == 1:
@@ -116,7 +134,8 @@ class Attention(nn.Module):
         self.dtype = input_dtype(operations, dtype)
         self.heads = (config.num_heads, config.num_query_groups)
         self.radius = config.frame_receptive_field if layer in config.local_attention_layers else None
-        width, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim = config.head_dim
+        width = config.hidden_size
         rows = width + 2 * config.num_query_groups * head_dim + config.num_heads
         factory = {"operations": operations, "dtype": dtype, "device": device}
         self.pre_norm = RMSNorm(width, self.experts, device=device)
@@ -126,19 +145,33 @@ class Attention(nn.Module):
         self.linear_proj = linear(width, width, self.experts, **factory)
 
     def forward(self, x, layout, rotary, attend):
-        """x [B, N, D] fp32 -> what to add to it, [B, N, D] in the linears' dtype."""
+        """x [B, N, D] fp32 -> attention's output [B, Hq, N, d] in the linears' dtype and its gate [B, N, Hq] fp32."""
         pieces = cut(layout.spans, self.experts)
-        parts = [self.inputs(*part) for part in zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)]
-        q, k, v, gate = (join(part, dim) for part, dim in zip(zip(*parts, strict=True), (2, 2, 2, 1), strict=True))
-        out = attend(q, k, v, layout, self.radius)
-        gated = zip(split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
-        return join([project(self.linear_proj, gate_heads(o, g, self.dtype), spans) for o, g, spans in gated])
+        parts = zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)
+        if in_one_go(pieces):
+            made = zip(*[self.inputs(*part) for part in parts], strict=True)
+            q, k, v, gate = (join(tensors, dim) for tensors, dim in zip(made, (2, 2, 2, 1), strict=True))
+        else:
+            (batch, tokens, _), (heads, key_heads) = x.shape, self.heads
+            dtype = torch.bfloat16 if self.dtype == FP8 else self.dtype
+            q, k, v = (
+                x.new_empty(batch, count, tokens, self.head_dim, dtype=dtype) for count in (heads, key_heads, key_heads)
+            )
+            gate = x.new_empty(batch, tokens, heads)
+            places = zip(*(split(whole, pieces, 2) for whole in (q, k, v)), split(gate, pieces), strict=True)
+            for part, place in zip(parts, places, strict=True):
+                self.inputs(*part, out=place)
+        return attend(q, k, v, layout, self.radius), gate
 
-    def inputs(self, x, spans, rotary):
-        """Return q, k, v and gate of one piece, see `attention_inputs`."""
+    def inputs(self, x, spans, rotary, out=None):
+        """Return q, k, v and gate of one piece, see `attention_inputs`; `out` takes them if given."""
         rows = project(self.linear_qkv, self.pre_norm(x, spans, self.dtype), spans)
         q_weight, k_weight = self.q_norm.rows(x.device), self.k_norm.rows(x.device)
-        return attention_inputs(rows, q_weight, k_weight, spans, rotary, self.heads, self.q_norm.eps)
+        return attention_inputs(rows, q_weight, k_weight, spans, rotary, self.heads, self.q_norm.eps, out)
+
+    def project(self, out, gate, spans):
+        """Return what to add to one piece of the residual stream: gated heads, side by side, through the last linear."""
+        return project(self.linear_proj, gate_heads(out, gate, self.dtype), spans)
 
 
 class MLP(nn.Module):
@@ -151,20 +184,16 @@ class MLP(nn.Module):
         self.dtype = input_dtype(operations, dtype)
         gated = layer not in config.gelu7_layers
         self.activation = swiglu7 if gated else gelu7
+        self.padded = inner % 8 != 0 and takes_padded_rows(operations)  # cuBLAS takes three times as long for such rows
         factory = {"operations": operations, "dtype": dtype, "device": device}
         self.pre_norm = RMSNorm(width, self.experts, device=device)
         self.up_gate_proj = linear(width, 2 * inner if gated else inner, self.experts, **factory)
         self.down_proj = linear(inner, width, self.experts, **factory)
 
-    def forward(self, normed, layout):
-        """Normed x [B, N, D] as the linears read it -> what to add to x, [B, N, D]."""
-        pieces = cut(layout.spans, self.experts)
-        return join([self.piece(*part) for part in zip(split(normed, pieces), pieces, strict=True)])
-
-    def piece(self, normed, spans):
-        """Run one piece of the sequence."""
+    def forward(self, normed, spans):
+        """One piece, normed and as the linears read it, [B, n, D] -> what to add to x, [B, n, D]."""
         up = project(self.up_gate_proj, normed, spans)
-        return project(self.down_proj, self.activation(up, self.dtype), spans)
+        return project(self.down_proj, self.activation(up, self.dtype, self.padded and up.is_cuda), spans)
 
 
 class Layer(nn.Module):
@@ -177,8 +206,21 @@ class Layer(nn.Module):
 
     def forward(self, x, layout, rotary, attend):
         """x [B, N, D] fp32 -> the same; rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`."""
-        x, normed = self.mlp.pre_norm.of_sum(x, self.attention(x, layout, rotary, attend), layout.spans, self.mlp.dtype)
-        return x + self.mlp(normed, layout)
+        out, gate = self.attention(x, layout, rotary, attend)
+        pieces = cut(layout.spans, self.attention.experts)
+        parts = zip(split(x, pieces), split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
+        if in_one_go(pieces):
+            return join([self.rest(*part) for part in parts])
+        result = torch.empty_like(x)
+        for place, part in zip(split(result, pieces), parts, strict=True):
+            self.rest(*part, result=place)
+        return result
+
+    def rest(self, x, out, gate, spans, result=None):
+        """Return one piece of x after attention and MLP; `result` takes it if given."""
+        change = self.attention.project(out, gate, spans)
+        total, normed = self.mlp.pre_norm.of_sum(x, change, spans, self.mlp.dtype)
+        return add(total, self.mlp(normed, spans), result)
 
 
 class Adapter(nn.Module):

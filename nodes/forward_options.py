@@ -5,6 +5,7 @@ import functools
 import comfy.ldm.modules.attention as core_attention
 
 ATTENTION = "optimized_attention_override"  # core's key in transformer_options, which other packs' nodes set as well
+FP8_ATTENTION = "happyhorse_fp8_attention"  # key in transformer_options: True where our attention multiplies in fp8
 STEP_CACHE = "happyhorse_step_cache"  # key in transformer_options: a StepCache
 
 
@@ -13,6 +14,8 @@ def of_forward(transformer_options):
     given = {}
     if ATTENTION in transformer_options:
         given["attention"] = functools.partial(_cores_attention, transformer_options)
+    if FP8_ATTENTION in transformer_options:
+        given["fp8_attention"] = transformer_options[FP8_ATTENTION]
     if STEP_CACHE in transformer_options:
         key = tuple(transformer_options["uuids"])  # core's names of the conditions in this batch
         given["step_cache"] = functools.partial(transformer_options[STEP_CACHE], key)

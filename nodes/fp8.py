@@ -14,6 +14,7 @@ from ..kernels import FP8, Fp8Rows, fp8_linear, quantise_rows
 from ..kernels.dispatch import FP8_CAPABILITY
 from ..kernels.fp8 import dequantise_rows
 from ..model_loader.layouts import holds_fp8
+from .padded_rows import PaddedRows
 
 
 def why_not_fp8():
@@ -55,7 +56,7 @@ def fp8_operations(compute_dtype, fast=False):
 
     core = comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype, full_precision_mm=True)
 
-    class Fp8Linear(core.Linear):
+    class Fp8Linear(PaddedRows, core.Linear):
         def __init__(self, in_features, out_features, bias):
             super().__init__(in_features, out_features, bias)  # no device: core would bring the loaded weight there
 
@@ -98,5 +99,6 @@ def fp8_operations(compute_dtype, fast=False):
     class Operations(comfy.ops.manual_cast):
         Linear = staticmethod(choose)
         INPUT_DTYPE = FP8 if fast else compute_dtype
+        TAKES_PADDED_ROWS = True
 
     return Operations

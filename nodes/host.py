@@ -22,6 +22,7 @@ from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
 from ..sampler.memory import TEXT_TOKENS, activation_bytes
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
+from . import padded_rows
 from .forward_options import of_forward
 from .fp8 import fp8_operations
 
@@ -191,7 +192,7 @@ def load_model(path, weight_dtype, variant=None, fp8=None, disable_dynamic=False
     """
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
-    operations = fp8_operations(weight_dtype, fp8 == "fast") if fp8 else comfy.ops.disable_weight_init
+    operations = fp8_operations(weight_dtype, fp8 == "fast") if fp8 else padded_rows.Operations
     kept = "all" if fp8 == "fast" else fp8
     network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, fp8=kept)
     model = HappyHorse(network, weight_dtype, found.variant)

@@ -8,12 +8,24 @@ import comfy.patcher_extension
 from comfy_api.latest import io
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+from ..kernels import why_no_fp8_attention
 from ..sampler.step_cache import StepCache
-from .forward_options import ATTENTION, STEP_CACHE
+from .forward_options import ATTENTION, FP8_ATTENTION, STEP_CACHE
 from .host import require_happyhorse
 from .notice import notice
 
 PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}  # core's name of an attention -> what pip calls it
+
+
+def with_fp8_attention(model):
+    """Return the MODEL with our own attention, both products in fp8; ValueError where the card or Triton cannot."""
+    head_dim = model.model.diffusion_model.config.head_dim
+    fault = why_no_fp8_attention(model.load_device, head_dim)
+    if fault is not None:
+        raise ValueError(f"attention is 'fp8', which cannot run here: {fault}. Choose 'default'.")
+    faster = model.clone()
+    faster.model_options["transformer_options"][FP8_ATTENTION] = True
+    return faster
 
 
 def with_attention(model, name):
@@ -75,10 +87,10 @@ class Speed(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Load HappyHorse."),
                 io.Combo.Input(
                     "attention",
-                    options=["default", *PACKAGES],
+                    options=["default", "fp8", *PACKAGES],
                     default="default",
-                    tooltip="default: torch's, exact. sage: SageAttention, 8-bit and faster at many tokens; flash: "
-                    "FlashAttention. Either must be installed in ComfyUI's Python.",
+                    tooltip="default: exact. fp8: ours with products in fp8, 1.4 times as fast at 1080p (RTX 40, H100 and later). "
+                    "sage: SageAttention, 8-bit; flash: FlashAttention; either must be installed in ComfyUI's Python.",
                 ),
                 io.Boolean.Input(
                     "compile",
@@ -105,7 +117,9 @@ class Speed(io.ComfyNode):
     def execute(cls, model, attention="default", compile=False, step_cache=0.0):
         """Apply what is switched on."""
         require_happyhorse(model)
-        if attention != "default":
+        if attention == "fp8":
+            model = with_fp8_attention(model)
+        elif attention != "default":
             model = with_attention(model, attention)
         if compile:
             model = with_compiled_layers(model)

@@ -12,9 +12,9 @@ from .sizes import PIXEL_MULTIPLE
 LINEAR_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}  # a weight of the linear layers; the rest has a dtype of its own
 TEXT_TOKENS = 640  # at most
 # Peak of one forward in plain torch, in bytes for every hidden channel of every token (residual, queries, keys, values,
-# outputs), and of the tokens that pass the linears at a time (model_loader/dit_layers.py): 5.6 GB for five seconds of
+# outputs), and of the tokens that pass the linears at a time (model_loader/dit_layers.py): 4.9 GB for five seconds of
 # 1080p. Counted tensor by tensor by `benchmarks.memory --check`.
-TOKEN_BYTES, PIECE_BYTES, PIECE = 13, 55, 4096
+TOKEN_BYTES, PIECE_BYTES, PIECE = 10.2, 69, 4096
 # Peak of one step of decoding in values for every pixel of the picture and channel of the widest full-size layer: 4
 # frames and what the convolutions keep of the step before (Wan2.2).
 WAN_VALUES = 16

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pack.kernels import (
     activation_triton,
+    add_triton,
     attention_inputs_triton,
     channel_norm_triton,
     gate_heads_triton,
@@ -237,6 +238,16 @@ def test_gate_heads(shape, layout, dtype, out_dtype):
     out = unwritten(batch, tokens, heads * head_dim, dtype=out_dtype)
     assert gate_heads_triton.gate_heads(layout(x), layout(gate), out=out) is out
     check(out, reference.gate_heads(x, gate, out_dtype), out_dtype)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 7, 5120), (2, 3, 50), (1, 1), (0, 3)], ids=str)
+def test_add(shape, dtype, layout):
+    x, delta = draw(*shape, scale=3.0), draw(*shape, dtype=dtype).flip(-1)
+    out = unwritten(*shape, dtype=FP32)
+    assert add_triton.add(layout(x), layout(delta), out) is out
+    assert torch.equal(out, reference.add(x, delta)) and torch.equal(add_triton.add(x, delta), out)
 
 
 @LAYOUTS

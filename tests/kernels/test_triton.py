@@ -63,8 +63,15 @@ def activation(out, gated):
     block = BLOCK_COLUMNS if not quantise else 16384 if gated else 32768
     columns = 13652 if gated else 20480
     constants = {"COLUMNS": columns, "OUT_COLUMNS": padded_columns(columns) if quantise else columns}
-    constants |= {"X_ALIGNMENT": 8, "OUT_ALIGNMENT": 4, "GATED": gated, "WORDS": gated, "QUANTISE": quantise, "BLOCK_COLUMNS": block}
-    return activation_kernel, {"x": BF16, "out": OUTPUTS[out], "scale": FP32}, constants, [], 8 if quantise else 4
+    constants |= {
+        "X_ALIGNMENT": 8,
+        "OUT_ALIGNMENT": 4,
+        "GATED": gated,
+        "WORDS": gated,
+        "QUANTISE": quantise,
+        "BLOCK_COLUMNS": block,
+    }
+    return activation_kernel, {"x": BF16, "out": OUTPUTS[out], "scale": FP32}, constants, [], 8
 
 
 def attention_inputs(out):
@@ -94,6 +101,12 @@ def gate_heads(out):
     return gate_heads_kernel, pointers, constants, [], 8
 
 
+def add(out):
+    from pack.kernels.add_triton import BLOCK, add_kernel
+
+    return add_kernel, {"x": FP32, "delta": BF16, "out": FP32}, {"BLOCK": BLOCK}, [], 8
+
+
 def renoise(out):
     from pack.kernels.renoise_triton import BLOCK, renoise_kernel
 
@@ -110,6 +123,7 @@ KERNELS = {
     "attention_inputs": (attention_inputs, ["bf16", "fp32"]),
     "channel_norm": (channel_norm, ["bf16", "fp32"]),
     "gate_heads": (gate_heads, OUTPUTS),
+    "add": (add, ["fp32"]),
     "renoise": (renoise, ["fp32"]),
 }
 
