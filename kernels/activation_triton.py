@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows_triton import alignment, as_rows, empty_output, parts_of_output, row_scale
+from .rows_triton import alignment, as_rows, empty_output, parts_of_output, row_scale, strides_in
 
 SIGMOID_EXPONENT = tl.constexpr(-1.702 * 1.4426950408889634)  # sigmoid(1.702 x) = 1 / (1 + 2 ** (this * x))
 BLOCK_COLUMNS = 2048  # of the output, where no scale of the whole row is asked for
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["out_batch", "out_token", "out_head"])
 def activation_kernel(
     x, out, scale,
     x_batch, x_token, x_head, x_column,
@@ -21,6 +21,7 @@ def activation_kernel(
 ):  # fmt: skip
     """Each program computes BLOCK_COLUMNS columns of one row of out [batch, tokens, heads, OUT_COLUMNS], zeros past COLUMNS.
 
+    The strides but the last are in units of X_ALIGNMENT and OUT_ALIGNMENT elements: so many are read and written at once.
     GATED: swiglu7 of twice the columns, else gelu7. WORDS: a gate and what it gates are read as one word of 32 bits.
     QUANTISE: out is fp8; the block holds the whole row.
     """
@@ -29,7 +30,7 @@ def activation_kernel(
     batch = tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
 
-    x_row = x + tl.multiple_of(batch * x_batch + token * x_token + head * x_head, X_ALIGNMENT)
+    x_row = x + (batch * x_batch + token * x_token + head * x_head) * X_ALIGNMENT
     linear = 1.0
     if WORDS:
         words = tl.load(x_row.to(tl.pointer_type(tl.int32), bitcast=True) + column, mask=column < COLUMNS, other=0)
@@ -50,7 +51,7 @@ def activation_kernel(
         factor = row_scale(activated, axis=0)
         tl.store(scale + (batch * tokens + token) * heads + head, factor)
         activated *= 1.0 / factor
-    out_row = out + tl.multiple_of(batch * out_batch + token * out_token + head * out_head, OUT_ALIGNMENT)
+    out_row = out + (batch * out_batch + token * out_token + head * out_head) * OUT_ALIGNMENT
     tl.store(out_row + column * out_column, activated.to(out.dtype.element_ty), mask=column < OUT_COLUMNS)
 
 
@@ -69,15 +70,17 @@ def launch(x, columns, gated, out_dtype, padded, out):
     if values.numel() == 0:
         return out
     block = triton.next_power_of_2(out_columns) if quantise else BLOCK_COLUMNS
-    read_at_once = 16 // (x.element_size() * (1 + gated))  # results of what a thread reads at once: it writes no more
+    words = gated and holds_words(rows_in)
+    x_alignment, out_alignment = alignment(rows_in), alignment(rows_out)
+    if words:  # a thread reads four, and what it would read more for the sake of its writing, it reads far apart
+        out_alignment = min(4, out_alignment)
     with torch.cuda.device_of(x):
         activation_kernel[(tokens * heads, triton.cdiv(out_columns, block), batch)](
             rows_in, rows_out, scale,
-            *rows_in.stride(), *rows_out.stride(),
+            *strides_in(x_alignment, rows_in), *strides_in(out_alignment, rows_out),
             tokens, heads,
-            COLUMNS=columns, OUT_COLUMNS=out_columns,
-            X_ALIGNMENT=alignment(rows_in), OUT_ALIGNMENT=min(alignment(rows_out), read_at_once),
-            GATED=gated, WORDS=gated and holds_words(rows_in), QUANTISE=quantise, BLOCK_COLUMNS=block,
+            COLUMNS=columns, OUT_COLUMNS=out_columns, X_ALIGNMENT=x_alignment, OUT_ALIGNMENT=out_alignment,
+            GATED=gated, WORDS=words, QUANTISE=quantise, BLOCK_COLUMNS=block,
             num_warps=max(4, min(8, block // 256)),
         )  # fmt: skip
     return out

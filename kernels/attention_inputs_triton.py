@@ -1,12 +1,13 @@
 """From the rows of the fused projection to q, k, v and gate in one pass, in Triton: norm, rotation, layout, sigmoid."""
 
+import itertools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .rows_triton import alignment
+from .rows_triton import alignment, strides_in
 
 BLOCK_TOKENS = 8
 HEADS_PER_PROGRAM = 8  # sines, cosines and weights are read once for so many heads
@@ -65,7 +66,7 @@ def attention_inputs_kernel(
 ):  # fmt: skip
     """Each program serves BLOCK_TOKENS tokens of one clip and HEADS_PER_PROGRAM heads of q, k or v; v's first the gate.
 
-    Tokens below first_end use the first row of both weights.
+    Tokens below first_end use the first row of both weights. Strides of rows but the last are in units of ROWS_ALIGNMENT.
     """
     Q_PARTS: tl.constexpr = (QUERY_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     K_PARTS: tl.constexpr = (KEY_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
@@ -73,7 +74,7 @@ def attention_inputs_kernel(
     token = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     part = tl.program_id(0).to(tl.int64)
     inside = token < tokens
-    row = rows + tl.multiple_of(batch * rows_batch + token * rows_token, ROWS_ALIGNMENT)
+    row = rows + (batch * rows_batch + token * rows_token) * ROWS_ALIGNMENT
     if part < Q_PARTS + K_PARTS:
         expert = (token >= first_end).to(tl.int64) + (token >= second_end).to(tl.int64)
         angles = sin_cos + token * sin_cos_token
@@ -121,20 +122,21 @@ def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, 
     if rows.numel() == 0:
         return out
     half = sin_cos.shape[-1] // 2
-    ends = [*torch.tensor(spans).cumsum(0).tolist(), tokens, tokens]
+    ends = [*itertools.accumulate(spans), tokens, tokens]
     q, k, v, gate = out
+    row_alignment = alignment(rows)
     parts = triton.cdiv(query_heads, HEADS_PER_PROGRAM) + 2 * triton.cdiv(key_heads, HEADS_PER_PROGRAM)
     with torch.cuda.device_of(rows):
         attention_inputs_kernel[(parts, triton.cdiv(tokens, BLOCK_TOKENS), batch)](
             rows, q_weight, k_weight, sin_cos, q, k, v, gate,
-            *rows.stride(), *q_weight.stride(), *k_weight.stride(), *sin_cos.stride(),
+            *strides_in(row_alignment, rows), *q_weight.stride(), *k_weight.stride(), *sin_cos.stride(),
             *q.stride(), *k.stride(), *v.stride(), *gate.stride(),
             tokens, ends[0], ends[1],
             eps,
             QUERY_HEADS=query_heads, KEY_HEADS=key_heads, HEAD_DIM=head_dim, HALF=half,
             BLOCK_TOKENS=BLOCK_TOKENS, HEADS_PER_PROGRAM=HEADS_PER_PROGRAM,
             BLOCK_QUERY_HEADS=triton.next_power_of_2(query_heads), BLOCK_DIM=triton.next_power_of_2(head_dim),
-            TOGETHER=math.gcd(half, 16), ROWS_ALIGNMENT=alignment(rows),
+            TOGETHER=math.gcd(half, 16), ROWS_ALIGNMENT=row_alignment,
             num_warps=4,
         )  # fmt: skip
     return out

@@ -1,5 +1,7 @@
 """RMSNorm with one weight per contiguous span of tokens, alone or fused with a residual add: the kernels' pattern."""
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -67,7 +69,7 @@ def launch(x, delta, total, weight, spans, eps, out):
     rows = batch * tokens * heads
     if rows == 0:
         return out
-    ends = [*torch.tensor(spans).cumsum(0).tolist(), tokens, tokens]
+    ends = [*itertools.accumulate(spans), tokens, tokens]
     block_columns = triton.next_power_of_2(rows_out.shape[-1])
     block_rows = max(1, min(ELEMENTS_PER_PROGRAM // block_columns, triton.next_power_of_2(rows)))
     with torch.cuda.device_of(x):

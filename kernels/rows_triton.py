@@ -38,6 +38,11 @@ def alignment(x):
     return math.gcd(16, *x.stride()[:-1])
 
 
+def strides_in(unit, x):
+    """Return the strides of x, all but the last in units of so many elements: a kernel that multiplies sees the alignment."""
+    return *(stride // unit for stride in x.stride()[:-1]), x.stride(-1)
+
+
 @triton.jit
 def row_scale(values, axis: tl.constexpr):
     """Return the scale that brings the largest magnitude along `axis` to 448, the largest e4m3 number."""
