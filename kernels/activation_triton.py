@@ -19,10 +19,10 @@ def activation_kernel(
     COLUMNS: tl.constexpr, OUT_COLUMNS: tl.constexpr, X_ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr,
     GATED: tl.constexpr, WORDS: tl.constexpr, QUANTISE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK_COLUMNS columns of one row of out [batch, tokens, heads, OUT_COLUMNS], zeros past COLUMNS.
+    """Each program computes BLOCK_COLUMNS columns of one row of out [batch, tokens, heads, OUT_COLUMNS].
 
-    The strides but the last are in units of X_ALIGNMENT and OUT_ALIGNMENT elements: so many are read and written at once.
-    GATED: swiglu7 of twice the columns, else gelu7. WORDS: a gate and what it gates are read as one word of 32 bits.
+    Past COLUMNS there are zeros. The strides but the last are in units of X_ALIGNMENT and OUT_ALIGNMENT elements: so
+    many are read and written at once. GATED: swiglu7 of twice the columns, else gelu7. WORDS: a gate and what it gates are read as one word of 32 bits.
     QUANTISE: out is fp8; the block holds the whole row.
     """
     head = (tl.program_id(0) % heads).to(tl.int64)

@@ -1,8 +1,12 @@
 """Attention for Hopper in Gluon, Triton's lower level: one warp loads, two warpgroups multiply and take the softmax.
 
-Queries are cut into blocks of 128, 64 for each warpgroup; keys and values come by TMA, 128 at a time. While the scores of
-a block are softened, the values of the block before are multiplied; the warpgroups take turns in giving the tensor cores
-work, so that one softens while the other's products run.
+Queries are cut into blocks of 128, 64 for each warpgroup; keys and values come by TMA, 128 at a time. While the scores
+of a block are softened, the values of the block before are multiplied; the warpgroups take turns in giving the tensor
+cores work, so that one softens while the other's products run. 900 TFLOP/s in fp8 and 640 in bf16 on an H200, where a
+large matmul reaches 1,460 and 730, cuDNN's attention 575 and Triton's own scheduling of the fp8 one 760.
+
+Tried and slower: exponentials by a polynomial for one in four or eight, scores multiplied two blocks ahead (no registers
+left), one barrier for keys and values together, blocks of 64 keys, three stages (the same).
 """
 
 import torch
@@ -26,7 +30,7 @@ STAGES = 2  # tiles of keys and of values that are on their way or at work
 
 @gluon.jit
 def range_of_block(tokens, frame, frames, radius, BLOCK_QUERIES: gl.constexpr):
-    """Return what this program serves: its queries and both ranges of keys, `near` to `near_end` and `far` to tokens."""
+    """Return what this program serves: its queries and its keys, `near` to `near_end` and `far` to the last."""
     video = frames * frame
     blocks_of_rest = gl.cdiv(tokens - video, BLOCK_QUERIES)  # the longest work comes first
     block = gl.program_id(0) - blocks_of_rest
@@ -132,7 +136,7 @@ def sums_of_threads(weights):
 
 @gluon.jit
 def soften(scores, factor, largest, total, dtype: gl.constexpr, SHIFT: gl.constexpr):
-    """Return a block's weights and what the running softmax becomes: the largest score, the sums, by what both shrink."""
+    """Return a block's weights and what the running softmax becomes: largest score, sums, by what both shrink."""
     new_largest = gl.maximum(largest, gl.max(scores, axis=1) * factor)
     weights = gl.exp2(scores * gl.expand_dims(factor, 1) - gl.expand_dims(new_largest - SHIFT, 1))
     shrink = gl.exp2(largest - new_largest)
@@ -239,7 +243,7 @@ def attention_kernel(
     FP8_PRODUCTS: gl.constexpr, SHIFT: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_QUERIES: gl.constexpr,
     BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`attention_fp8_triton.attention_kernel`, and the same in bf16: then values are not transposed, scales not read."""
+    """`attention_fp8_triton.attention_kernel`, or the same in bf16: values not transposed, scales not read."""
     first_query, end_query, near, near_end, far = range_of_block(tokens, frame, frames, radius, BLOCK_QUERIES)
     blocks = blocks_of_range(near, near_end, BLOCK_KEYS) + blocks_of_range(far, tokens, BLOCK_KEYS)
     head = gl.program_id(1) % query_heads

@@ -66,7 +66,7 @@ def attention_inputs_kernel(
 ):  # fmt: skip
     """Each program serves BLOCK_TOKENS tokens of one clip and HEADS_PER_PROGRAM heads of q, k or v; v's first the gate.
 
-    Tokens below first_end use the first row of both weights. Strides of rows but the last are in units of ROWS_ALIGNMENT.
+    Tokens below first_end use the first row of both weights. Strides of rows but the last count ROWS_ALIGNMENT.
     """
     Q_PARTS: tl.constexpr = (QUERY_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     K_PARTS: tl.constexpr = (KEY_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM

@@ -105,7 +105,7 @@ def working_attention(capability, fp8):
 
 
 def attention_kernel(q, k, v, fp8=False):
-    """Return what computes `reference.attention` of these q, k, v, or None where torch has to: see model_loader.attention."""
+    """Return what computes `reference.attention` of q, k, v, or None: then torch has to, see model_loader.attention."""
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     served = q.is_cuda and q.dtype == torch.bfloat16 and q.shape[-1] == ATTENTION_HEAD and not needs_gradient
     return working_attention(torch.cuda.get_device_capability(q.device), fp8) if served else None

@@ -121,11 +121,11 @@ def gate_heads(x, gate, out_dtype=None):
 
 
 def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False):
-    """Softmax attention where query head h uses key/value head h // (Hq / Hkv), within a window of frames if there is one.
+    """Softmax attention where query head h uses key/value head h // (Hq / Hkv), within a window of frames or not.
 
-    q [B, Hq, N, d], k and v [B, Hkv, N, d]. The first `frames` * `frame` queries see the frames within `radius` of their
-    own and all tokens after the frames, every other query sees all tokens. Softmax in fp32; returned in q's dtype.
-    fp8: both products take fp8: q scaled row by row, k head by head, v column by column.
+    q [B, Hq, N, d], k and v [B, Hkv, N, d]. The first `frames` * `frame` queries see the frames within `radius` of
+    their own and all tokens after the frames, every other query sees all tokens. Softmax in fp32; returned in q's
+    dtype. fp8: both products take fp8: q scaled row by row, k head by head, v column by column.
     """
     if fp8:
         q, (k, v) = dequantised(q, -1), (dequantised(k, (2, 3)), dequantised(v, 2))

@@ -17,7 +17,7 @@ def as_rows(x):
 
 
 def empty_output(shape, out_dtype, device, padded=False):
-    """Return an uninitialised result of `shape`: a tensor, its rows `padded` or not, or Fp8Rows where out_dtype is FP8."""
+    """Return an uninitialised result of `shape`: a tensor, its rows `padded` or not, or Fp8Rows for FP8."""
     columns = padded_columns(shape[-1]) if padded or out_dtype == FP8 else shape[-1]
     if out_dtype != FP8:
         return torch.empty((*shape[:-1], columns), dtype=out_dtype, device=device)
@@ -39,7 +39,7 @@ def alignment(x):
 
 
 def strides_in(unit, x):
-    """Return the strides of x, all but the last in units of so many elements: a kernel that multiplies sees the alignment."""
+    """Return the strides of x, all but the last in units of so many elements: Triton sees it where they multiply."""
     return *(stride // unit for stride in x.stride()[:-1]), x.stride(-1)
 
 

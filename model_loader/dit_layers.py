@@ -55,7 +55,7 @@ def join(parts, dim=1):
 
 
 def in_one_go(pieces):
-    """Tell whether results are joined, as autograd wants it and a single piece can have it; else they go to their place."""
+    """Tell whether results are joined, as autograd wants it and one piece can have it; else they go to their place."""
     return len(pieces) == 1 or torch.is_grad_enabled()
 
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         return attention_inputs(rows, q_weight, k_weight, spans, rotary, self.heads, self.q_norm.eps, out)
 
     def project(self, out, gate, spans):
-        """Return what to add to one piece of the residual stream: gated heads, side by side, through the last linear."""
+        """Return what to add to one piece of the stream: gated heads, side by side, through the last linear."""
         return project(self.linear_proj, gate_heads(out, gate, self.dtype), spans)
 
 

