@@ -22,8 +22,8 @@ def activation_kernel(
     """Each program computes BLOCK_COLUMNS columns of one row of out [batch, tokens, heads, OUT_COLUMNS].
 
     Past COLUMNS there are zeros. The strides but the last are in units of X_ALIGNMENT and OUT_ALIGNMENT elements: so
-    many are read and written at once. GATED: swiglu7 of twice the columns, else gelu7. WORDS: a gate and what it gates are read as one word of 32 bits.
-    QUANTISE: out is fp8; the block holds the whole row.
+    many are read and written at once. GATED: swiglu7 of twice the columns, else gelu7. WORDS: a gate and what it gates
+    are read as one word of 32 bits. QUANTISE: out is fp8; the block holds the whole row.
     """
     head = (tl.program_id(0) % heads).to(tl.int64)
     token = (tl.program_id(0) // heads).to(tl.int64)

@@ -2,11 +2,11 @@
 
 Queries are cut into blocks of 128, 64 for each warpgroup; keys and values come by TMA, 128 at a time. While the scores
 of a block are softened, the values of the block before are multiplied; the warpgroups take turns in giving the tensor
-cores work, so that one softens while the other's products run. 900 TFLOP/s in fp8 and 640 in bf16 on an H200, where a
-large matmul reaches 1,460 and 730, cuDNN's attention 575 and Triton's own scheduling of the fp8 one 760.
+cores work, so that one softens while the other's products run. On an H200, at 65,706 tokens: 610 TFLOP/s in bf16 and
+833 in fp8, where a large matmul reaches 723 and 1,458 and cuDNN's attention 565 (benchmarks/results).
 
-Tried and slower: exponentials by a polynomial for one in four or eight, scores multiplied two blocks ahead (no registers
-left), one barrier for keys and values together, blocks of 64 keys, three stages (the same).
+Tried on the card and slower: exponentials by a polynomial for one in four or eight, scores multiplied two blocks ahead
+(no registers are left), one barrier for keys and values together, blocks of 64 keys. A third stage changed nothing.
 """
 
 import torch
@@ -15,77 +15,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .attention_fp8_triton import LOG2_E, SHIFT, blocks_of_queries, quantised
+from .attention_tiles_hopper import block_of_keys, blocks_of_range, load_blocks, range_of_block
 
 warps_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 BLOCK_QUERIES, BLOCK_KEYS = 128, 128
 STAGES = 2  # tiles of keys and of values that are on their way or at work
-
-
-@gluon.jit
-def range_of_block(tokens, frame, frames, radius, BLOCK_QUERIES: gl.constexpr):
-    """Return what this program serves: its queries and its keys, `near` to `near_end` and `far` to the last."""
-    video = frames * frame
-    blocks_of_rest = gl.cdiv(tokens - video, BLOCK_QUERIES)  # the longest work comes first
-    block = gl.program_id(0) - blocks_of_rest
-    first_query = video + (block + blocks_of_rest) * BLOCK_QUERIES
-    end_query = tokens
-    near, near_end, far = 0, tokens, tokens
-    if block >= 0:
-        blocks_of_frame = gl.cdiv(frame, BLOCK_QUERIES)
-        at = block // blocks_of_frame
-        first_query = at * frame + (block % blocks_of_frame) * BLOCK_QUERIES
-        end_query = (at + 1) * frame
-        near = gl.maximum(at - radius, 0) * frame
-        near_end = gl.minimum(at + radius + 1, frames) * frame
-        far = video
-    return first_query, end_query, near, near_end, far
-
-
-@gluon.jit
-def blocks_of_range(first, last, BLOCK_KEYS: gl.constexpr):
-    """Return how many blocks serve keys `first` to `last`: blocks start at multiples of 32."""
-    return gl.cdiv(last - first // 32 * 32, BLOCK_KEYS)
-
-
-@gluon.jit
-def block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS: gl.constexpr):
-    """Return where block `number` starts, and the range of keys that it is part of."""
-    in_near = blocks_of_range(near, near_end, BLOCK_KEYS)
-    key = near // 32 * 32 + number * BLOCK_KEYS
-    first, end = near, near_end
-    if number >= in_near:
-        key = far // 32 * 32 + (number - in_near) * BLOCK_KEYS
-        first, end = far, tokens
-    return key, first, end
-
-
-@gluon.jit
-def load_blocks(
-    keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
-    row_of_keys, row_of_values, blocks, near, near_end, far, tokens,
-    VALUES_TRANSPOSED: gl.constexpr, BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The loading warp: fill the rings of tiles as the two warpgroups empty them."""
-    for number in range(blocks):
-        stage = number % STAGES
-        free = ((number // STAGES) & 1) ^ 1
-        key, first, end = block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS)
-        mbarrier.wait(keys_empty.index(stage), free)
-        mbarrier.expect(keys_full.index(stage), keys.block_type.nbytes)
-        tma.async_copy_global_to_shared(keys, [row_of_keys + key, 0], keys_full.index(stage), key_tiles.index(stage))
-        place = [row_of_values + key, 0]
-        if VALUES_TRANSPOSED:
-            place = [row_of_values, key]
-        mbarrier.wait(values_empty.index(stage), free)
-        mbarrier.expect(values_full.index(stage), values.block_type.nbytes)
-        tma.async_copy_global_to_shared(values, place, values_full.index(stage), value_tiles.index(stage))
 
 
 @gluon.jit

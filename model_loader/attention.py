@@ -57,7 +57,7 @@ def joint_attention(q, k, v, layout, radius=None, fp8=False):
     """Attention of the transformer by the quickest way here: our own kernel, or torch with local layers frame by frame.
 
     q [B, Hq, N, d], k and v [B, Hkv, N, d] in the token order of `layout`; radius: of a local layer, in frames. fp8:
-    both products take fp8, see `kernels.reference.attention`; where no card multiplies it, what fp8 leaves of q, k and v.
+    both products take fp8, see `kernels.reference.attention`; where no card multiplies it, what fp8 leaves of q, k, v.
     """
     window = () if radius is None or radius >= layout.frames - 1 else (layout.frame, layout.frames, radius)
     kernel = attention_kernel(q, k, v, fp8)

@@ -89,7 +89,7 @@ class Speed(io.ComfyNode):
                     "attention",
                     options=["default", "fp8", *PACKAGES],
                     default="default",
-                    tooltip="default: exact. fp8: ours with products in fp8, 1.3 times as fast at 1080p; RTX 40, H100 or later. "
+                    tooltip="default: exact. fp8: products in fp8, 1.3 times as fast at 1080p; RTX 40 or later. "
                     "sage: SageAttention, 8-bit; flash: FlashAttention; either must be installed in ComfyUI's Python.",
                 ),
                 io.Boolean.Input(

@@ -10,9 +10,7 @@ import torch
 from pack.kernels import (
     activation_triton,
     add_triton,
-    attention_inputs_triton,
     channel_norm_triton,
-    gate_heads_triton,
     reference,
     renoise_triton,
     rms_norm_triton,
@@ -196,48 +194,6 @@ def test_activations_pass_nan_on_as_torch_does():
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert expected.isnan().tolist() == [[[True, True, False]]]
     torch.testing.assert_close(activation_triton.gelu7(x[..., :5]), reference.gelu7(x[..., :5]), equal_nan=True)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize(
-    ("batch", "spans", "heads", "head_dim"),
-    [
-        (1, (3, 2, 1), (40, 8), 128),  # the network's, three experts
-        (1, (5,), (40, 8), 128),
-        (2, (0, 8, 1), (4, 2), 16),  # golden, two clips, an empty span
-        (1, (11,), (5, 1), 32),  # nano
-        (3, (1, 5, 2), (6, 3), 24),  # ragged
-    ],
-    ids=str,
-)
-def test_attention_inputs(batch, spans, heads, head_dim, dtype, layout):
-    tokens, (query_heads, key_heads) = sum(spans), heads
-    rows = draw(batch, tokens, (query_heads + 2 * key_heads) * head_dim + query_heads, dtype=dtype, scale=3.0)
-    weights = draw(len(spans), head_dim), draw(len(spans), head_dim).flip(-1)
-    angles = draw(tokens, 3 * (head_dim // 8))
-    sin_cos = torch.cat([angles.sin(), angles.cos()], dim=1)
-    shapes = [(batch, count, tokens, head_dim) for count in (query_heads, key_heads, key_heads)]
-    out = (*(unwritten(*shape, dtype=dtype) for shape in shapes), unwritten(batch, tokens, query_heads, dtype=FP32))
-    found = attention_inputs_triton.attention_inputs(
-        layout(rows), *map(layout, weights), spans, layout(sin_cos), heads, out=out
-    )
-    wanted = reference.attention_inputs(rows, *weights, spans, sin_cos, heads)
-    assert all(mine is given for mine, given in zip(found, out, strict=True))
-    for mine, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol={FP32: 4e-6, BF16: 2**-7, FP16: 2**-10}[mine.dtype], atol=4e-6)
-    assert torch.equal(found[2], wanted[2])
-
-
-@DTYPES
-@LAYOUTS
-@pytest.mark.parametrize("shape", [(1, 40, 5, 128), (2, 4, 9, 16), (1, 5, 11, 32), (3, 3, 7, 20)], ids=str)
-def test_gate_heads(shape, layout, dtype, out_dtype):
-    batch, heads, tokens, head_dim = shape
-    x, gate = draw(*shape, dtype=dtype, scale=3.0), draw(batch, tokens, heads).sigmoid()
-    out = unwritten(batch, tokens, heads * head_dim, dtype=out_dtype)
-    assert gate_heads_triton.gate_heads(layout(x), layout(gate), out=out) is out
-    check(out, reference.gate_heads(x, gate, out_dtype), out_dtype)
 
 
 @LAYOUTS

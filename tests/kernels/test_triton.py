@@ -11,7 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-BACKENDS = Path(__file__).with_name("backends.py")
+FILES = [Path(__file__).with_name(name) for name in ("backends.py", "attention_backends.py")]
 TARGETS = {
     **{f"sm_{version}": ("cuda", version, 32) for version in (80, 89, 90, 100)},
     "gfx942": ("hip", "gfx942", 64),  # compiled to see that it could serve; dispatch keeps AMD's cards on torch
@@ -27,9 +27,9 @@ BF16, FP32 = OUTPUTS["bf16"], OUTPUTS["fp32"]
     ids=["interpreted", "gpu"],
 )
 def test_kernels_equal_their_references(interpret):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BACKENDS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, FILES)]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=BACKENDS.parents[2], env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=FILES[0].parents[2], env=environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 

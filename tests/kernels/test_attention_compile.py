@@ -1,0 +1,77 @@
+"""The attention kernels compiled ahead of time: for every card with fp8, and for Hopper with what its compiler says."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+FP8, BF16, FP32 = "fp8e4nv", "bf16", "*fp32"
+STRIDES = [f"{tensor}_{axis}" for tensor in ("q", "x", "out") for axis in ("batch", "head", "token")]
+
+
+def compiled(source, card, **options):
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", card, 32), options=options)
+
+
+def source_of(kernel, types, constants, kind=None):
+    """Build what Triton compiles: every argument that `types` and `constants` leave out is an int32."""
+    kind = kind or triton.compiler.ASTSource
+    signature = {name: "i64" if name in STRIDES else "i32" for name in kernel.arg_names}
+    signature.update(types, **{name: "constexpr" for name in constants})
+    whole = [name for name, type_ in signature.items() if type_.startswith("*") or name in STRIDES]
+    attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in whole}
+    return kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("card", [89, 90, 100])
+def test_fp8_attention_compiles(card):
+    from pack.kernels import attention_fp8_triton as kernels
+
+    head = {"HEAD_DIM": 128}
+    q, x = {"x": "*bf16", "out": f"*{FP8}", "scale": FP32}, {"x": "*bf16", "out": f"*{FP8}"}
+    sources = [
+        source_of(kernels.queries_kernel, {**q, "key_largest": "*bf16"}, {**head, "BLOCK_ROWS": 64}),
+        source_of(kernels.keys_kernel, {**x, "largest": "*bf16"}, {**head, "BLOCK_ROWS": 64}),
+        source_of(kernels.values_kernel, {**q, "largest": "*bf16"}, {**head, "BLOCK_KEYS": 128}),
+    ]
+    types = {"q": f"*{FP8}", "query_scale": FP32, "value_scale": FP32, "out": "*bf16", "scale": "fp32"}
+    types |= {name: f"tensordesc<{FP8}[128,128]>" for name in ("keys", "values")}
+    blocks = {"BLOCK_QUERIES": kernels.BLOCK_QUERIES, "BLOCK_KEYS": kernels.BLOCK_KEYS}
+    sources.append(source_of(kernels.attention_kernel, types, {"SHIFT": 8.0, **head, **blocks}))
+    for source in sources:
+        result = compiled(source, card, num_warps=4, num_stages=2)
+        assert f"sm_{card}" in next(line for line in result.asm["ptx"].splitlines() if ".target" in line)
+        assert len(result.asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_attention_on_hopper_keeps_its_products_asynchronous_and_its_numbers_in_registers(fp8, tmp_path):
+    """Both break without an error, and at a third of the speed, where a value is asked for while products run."""
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+    from pack.kernels import attention_hopper as kernels
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    name, dtype = (FP8, gl.float8e4nv) if fp8 else (BF16, gl.bfloat16)
+    layout = gl.NVMMASharedLayout.get_default_for([128, 128], dtype)
+    types = {"q": f"*{name}", "query_scale": FP32, "value_scale": FP32, "out": "*bf16", "scale": "fp32"}
+    types |= {tensor: f"tensordesc<{name}[128,128],{layout!r}>" for tensor in ("keys", "values")}
+    constants = {"FP8_PRODUCTS": fp8, "SHIFT": 8.0 if fp8 else 0.0, "HEAD_DIM": 128, "STAGES": kernels.STAGES}
+    constants |= {"BLOCK_QUERIES": kernels.BLOCK_QUERIES, "BLOCK_KEYS": kernels.BLOCK_KEYS}
+    result = compiled(source_of(kernels.attention_kernel, types, constants, GluonASTSource), 90, num_warps=4)
+    ptx = tmp_path / "attention.ptx"
+    ptx.write_text(result.asm["ptx"])
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "attention.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", said), said
+    assert "serialized" not in said, said
+    assert len(re.findall(r"wgmma\.mma_async\S+", result.asm["ptx"])) == 2 * 4 * (4 if fp8 else 8)
