@@ -8,8 +8,8 @@ from pack.kernels import attention_fp8_triton, attention_inputs_triton, gate_hea
 HOPPER = not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
 if HOPPER:
     from pack.kernels import attention_hopper
-# How far fp8 and bf16 may be from their references, as a relative RMS: weights take one more rounding, averaged over the
-# keys. Triton's interpreter halves what an fp8 rounding brings up to a power of two, one value in fifty.
+# How far fp8 and bf16 may be from their references, as a relative RMS: weights take one more rounding, averaged over
+# the keys. Triton's interpreter halves what an fp8 rounding brings up to a power of two, one value in fifty.
 NEAR = {True: 0.16 if INTERPRETED else 2.5e-2, False: 2.5e-3}
 
 SIZES = pytest.mark.parametrize(
