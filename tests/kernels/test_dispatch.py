@@ -6,7 +6,7 @@ import pytest
 import torch
 from pack import kernels
 from pack.kernels import FP8, dispatch, fp8_linear, quantise_rows, reference
-from pack.kernels.fp8 import dequantise_rows, quantise_weight, scaled_matmul
+from pack.kernels.fp8 import aligned, dequantise_rows, quantise_weight, scaled_matmul
 
 X = torch.randn(2, 5, 48)
 WEIGHT = torch.randn(3, 48)
@@ -98,3 +98,38 @@ def test_quantised_rows_keep_e4m3s_precision_at_every_magnitude():
     assert (error.abs() <= x.abs() * 2**-4 + x.abs().amax(1, keepdim=True) * 2**-10 / 448).all()
     first, second = rows.split((1, 3), 0)
     assert torch.equal(second.values.float(), rows.values[1:].float()) and torch.equal(first.scale, rows.scale[:1])
+
+
+def test_attention_goes_to_a_kernel_on_the_cards_that_have_one_only():
+    q = torch.zeros(1, 2, 8, 128, dtype=torch.bfloat16)
+    assert kernels.attention_kernel(q, q, q) is None and kernels.attention_kernel(q, q, q, fp8=True) is None
+    assert "it wants an NVIDIA card, not 'cpu'" in kernels.why_no_fp8_attention(q.device, 128)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_attention_on_a_gpu():
+    capability = torch.cuda.get_device_capability()
+    q = torch.randn(1, 2, 300, 128, dtype=torch.bfloat16, device="cuda")
+    assert (kernels.attention_kernel(q, q, q) is not None) == (capability[0] == 9)
+    assert (kernels.attention_kernel(q, q, q, fp8=True) is not None) == (capability >= (8, 9))
+    assert kernels.attention_kernel(q.float(), q.float(), q.float()) is None
+    assert kernels.attention_kernel(*[q[..., :64].contiguous()] * 3) is None
+    assert kernels.attention_kernel(*[q.clone().requires_grad_()] * 3) is None
+    assert (kernels.why_no_fp8_attention(q.device, 128) is None) == (capability >= (8, 9))
+    assert kernels.why_no_fp8_attention(q.device, 64) is not None
+
+
+def test_scales_of_a_slice_are_brought_to_an_address_that_cublas_takes():
+    """It refuses others: the text's rows of a layer of experts begin anywhere."""
+    scales = torch.rand(40, 1)
+    assert aligned(scales) is scales
+    for start in (1, 2, 3):
+        moved = aligned(scales[start:])
+        assert moved.data_ptr() % 16 == 0 and torch.equal(moved, scales[start:])
+
+
+def test_adding_to_the_stream_takes_the_place_it_is_given():
+    x, delta = torch.randn(2, 5, 48), torch.randn(2, 5, 48).bfloat16()
+    place = torch.empty(2, 9, 48)
+    found = kernels.add(x, delta, place[:, 2:7])
+    assert torch.equal(found, x + delta) and torch.equal(place[:, 2:7], found)

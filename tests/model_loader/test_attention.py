@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from pack.model_loader.attention import frame_windows, grouped_attention, local_attention
+from pack.kernels import reference
+from pack.model_loader.attention import by_frames, frame_windows, grouped_attention, joint_attention, local_attention
 from pack.model_loader.tokens import TokenLayout
 
 LAYOUT = TokenLayout(frames=5, rows=2, columns=3, audio=4, text=2)
@@ -66,3 +67,38 @@ def test_local_attention_never_asks_for_all_keys_at_once(qkv):
 def test_windows_stop_at_the_ends():
     assert frame_windows(4, 1) == ((0, 2), (0, 3), (1, 4), (2, 4))
     assert frame_windows(3, 11) == ((0, 3),) * 3
+
+
+def joint(q, k, v, radius=None, **options):
+    return joint_attention(q, k, v, LAYOUT, radius, **options)
+
+
+@pytest.mark.parametrize("radius", [None, 0, 1, 4, 11])
+def test_joint_attention_is_the_references(qkv, radius):
+    window = () if radius is None else (LAYOUT.frame, LAYOUT.frames, radius)
+    torch.testing.assert_close(joint(*qkv, radius), reference.attention(*qkv, *window))
+    full = full_attention(*qkv, local_mask(11 if radius is None else radius))
+    torch.testing.assert_close(joint(*qkv, radius), full)
+
+
+@pytest.mark.parametrize("radius", [None, 1])
+def test_joint_attention_in_fp8_takes_what_fp8_leaves(qkv, radius):
+    q, k, v = (tensor.float() for tensor in qkv)
+    v[..., 3] *= 1e4  # a column of values has a scale of its own
+    window = () if radius is None else (LAYOUT.frame, LAYOUT.frames, radius)
+    found, exact = joint(q, k, v, radius, fp8=True), reference.attention(q, k, v, *window)
+    torch.testing.assert_close(found, reference.attention(q, k, v, *window, fp8=True), rtol=1e-4, atol=1e-4)
+    off = (found - exact).norm(dim=2) / exact.norm(dim=2)
+    assert 5e-3 < off.mean() < 6e-2 and off.max() < 0.15
+
+
+def test_by_frames_gives_a_callers_attention_the_windows(qkv):
+    asked = []
+
+    def attend(q, k, v):
+        asked.append((q.shape[2], k.shape[2]))
+        return grouped_attention(q, k, v)
+
+    torch.testing.assert_close(by_frames(attend)(*qkv, LAYOUT, 1), joint(*qkv, 1))
+    torch.testing.assert_close(by_frames(attend)(*qkv, LAYOUT), joint(*qkv))
+    assert asked[0] == (6, 18) and asked[-1] == (TOTAL, TOTAL)

@@ -71,6 +71,21 @@ def test_a_missing_attention_is_named_with_its_package(loaded):
         Speed.execute(loaded[0], attention="flash")
 
 
+def test_fp8_attention_is_refused_where_no_card_multiplies_it(loaded):
+    with pytest.raises(ValueError, match="'fp8', which cannot run here: it wants an NVIDIA card, not 'cpu'.*'default'"):
+        Speed.execute(loaded[0], attention="fp8")
+
+
+def test_fp8_attention_reaches_every_forward_and_no_other_model(loaded, prompt, latent, told, monkeypatch):
+    monkeypatch.setattr(
+        speed, "why_no_fp8_attention", lambda device, head_dim: None
+    )  # torch then takes what fp8 leaves
+    faster, exact = Speed.execute(loaded[0], attention="fp8").args[0], sample(loaded[0], prompt, latent)
+    for found, wanted in zip(sample(faster, prompt, latent), exact, strict=True):
+        assert 1e-4 < (found - wanted).norm() / wanted.norm() < 0.2
+    assert told == ["fp8 attention"] and equal(sample(loaded[0], prompt, latent), exact)
+
+
 def test_compiled_layers_give_the_same_clip(loaded, prompt, latent):
     """Captured by torch.compile, run without its code generator: that takes minutes."""
     torch._dynamo.reset()
