@@ -2,11 +2,13 @@
 
 nano on prompts at every step of its sampler, all networks given the states of the bf16 one; and the golden
 transformers, whose weights are random. Relative RMS of either velocity, the larger of the two; the bar is 4 %.
+Attention in fp8 is what fp8 leaves of queries, keys and values; a card rounds the softmax's weights too.
 """
 
 import argparse
 import copy
 import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +23,17 @@ from ..sampler.denoise import denoise_renoise, seeded_noise
 from ..sampler.schedule import flow_sigmas
 from ..verify.case import GOLDEN, Case
 from ..verify.dit import config_of
-from .measure import card_name, write_table
+from .measure import card_name, head, write_table
 
 STEPS = 8
+WAYS = ("fp8 weights", "fp8 weights and inputs", "fp8 attention", "fp8 weights, inputs and attention")
+
+
+def in_fp8(network):
+    """Return a DiT in bf16 by each of the WAYS."""
+    narrow = with_fp8_linears(network)
+    attention = (partial(way, fp8_attention=True) for way in (network, narrow))
+    return with_fp8_weights(network), narrow, *attention
 
 
 def with_fp8_weights(network):
@@ -46,9 +56,9 @@ def errors(networks, wanted, clip):
 
 @torch.inference_mode()
 def of_nano(clips):
-    """Return the errors [clips, steps, 2] of nano with fp8 weights, and with fp8 inputs too."""
+    """Return the errors [clips, steps, ways] of nano."""
     nano, found = InProcess(), []
-    networks = with_fp8_weights(nano.dit), with_fp8_linears(nano.dit)
+    networks = in_fp8(nano.dit)
     for case in draw_cases(clips, "prompt"):
         text, noise, steps = nano.text(case.prompt), seeded_noise(case.number), []
 
@@ -65,11 +75,11 @@ def of_nano(clips):
 
 @torch.inference_mode()
 def of_golden(path):
-    """Return the two errors of one golden transformer case."""
+    """Return the errors of one golden transformer case, one for each of the WAYS."""
     case = Case.read(path)
     network = fill("dit", config_of(case), Checkpoint.of_tensors(case.weights().tensors), dtype=torch.bfloat16)
     clip = case["in.x_t"], case["in.audio_x_t"], case["in.txt_feat"][:, : int(case["in.txt_feat_len"])]
-    return errors((with_fp8_weights(network), with_fp8_linears(network)), network(*clip), clip)
+    return errors(in_fp8(network), network(*clip), clip)
 
 
 def main(arguments=None):
@@ -82,8 +92,7 @@ def main(arguments=None):
         f"# fp8 against bf16, relative RMS of a forward in percent, {card_name(torch.device('cpu'))}, "
         f"{datetime.date.today().isoformat()}",
         "",
-        "| network | forwards | fp8 weights: mean, largest | fp8 weights and inputs: mean, largest |",
-        "|---|---|---|---|",
+        *head("network", "forwards", *(f"{way}: mean, largest" for way in WAYS)),
     ]
     print("\n".join(lines), flush=True)
 
