@@ -86,21 +86,39 @@ def triton_kernels():
 
 
 @functools.cache
+def capability_of(device):
+    """Return the compute capability of a card: asked for once, for every launch wants it."""
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.no_grad()
+def check_attention(kernel, fp8, device="cuda"):
+    """Run an attention kernel on a few tokens; RuntimeError if the result is not the reference's."""
+    random = torch.Generator(device).manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 300, ATTENTION_HEAD, generator=random, device=device).bfloat16()
+    found, wanted = kernel(q, k, v, fp8=fp8).float(), reference.attention(q.float(), k.float(), v.float())
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    if not error < 0.1:
+        raise RuntimeError(f"its result is off by {error:.0%}")
+
+
+@functools.cache
 def working_attention(capability, fp8):
-    """Return the quickest attention kernel that works on a card of this capability, or None; tried once a process."""
+    """Return the quickest attention kernel that works on a card of this capability, or None; tried once a process.
+
+    torch.compile leaves it alone: it would write a kernel of Gluon's down as one of Triton's.
+    """
     hopper = capability[0] == 9 and torch.version.hip is None
     candidates = ["attention_hopper"] * hopper + ["attention_fp8_triton"] * (fp8 and capability >= FP8_CAPABILITY)
     for name in candidates if triton_kernels() else ():
         try:
             kernel = importlib.import_module(f".{name}", __package__).attention
-            kernel(
-                *(torch.ones(1, 1, 256, ATTENTION_HEAD, dtype=torch.bfloat16, device="cuda") for _ in range(3)), fp8=fp8
-            )
-        except Exception as error:  # it asks for more than this Triton has
+            check_attention(kernel, fp8)
+        except Exception as error:  # it asks for more than this Triton has, or this one compiles it wrongly
             reason = f"{type(error).__name__}: {error}"
             logging.warning(f"happyhorse-local: kernels/{name}.py does not work here ({reason}); another way is taken")
         else:
-            return kernel
+            return torch.compiler.disable(kernel)
     return None
 
 
@@ -108,14 +126,14 @@ def attention_kernel(q, k, v, fp8=False):
     """Return what computes `reference.attention` of q, k, v, or None: then torch has to, see model_loader.attention."""
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     served = q.is_cuda and q.dtype == torch.bfloat16 and q.shape[-1] == ATTENTION_HEAD and not needs_gradient
-    return working_attention(torch.cuda.get_device_capability(q.device), fp8) if served else None
+    return working_attention(capability_of(q.device), fp8) if served else None
 
 
 def why_no_fp8_attention(device, head_dim):
     """Return why no kernel multiplies attention in fp8 on a device for heads of so many columns, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it wants an NVIDIA card, not '{device.type}'"
-    capability = torch.cuda.get_device_capability(device)
+    capability = capability_of(device)
     if capability < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} does not multiply fp8 (compute capability {capability[0]}.{capability[1]}, it takes 8.9)"
@@ -129,12 +147,14 @@ def why_no_fp8_attention(device, head_dim):
 def backend(op, *tensors, columns=None, out_dtype=None):
     """Return the Triton module that serves `op` on these tensors; `reference` on the CPU, beyond LIMITS or without it.
 
+    torch.compile gets the reference too, which it fuses itself.
+
     columns: of the rows that the kernel works on (default: those of the first tensor).
     """
     columns = tensors[0].shape[-1] if columns is None else columns
-    if not tensors[0].is_cuda:
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
         return reference
-    if not LIMITS[op].hold(tensors, columns, out_dtype, torch.cuda.get_device_capability(tensors[0].device)):
+    if not LIMITS[op].hold(tensors, columns, out_dtype, capability_of(tensors[0].device)):
         return reference
     kernels = triton_kernels()
     return kernels[op] if kernels else reference
@@ -203,7 +223,7 @@ def fp8_linear(x, weight, out_features, out_dtype=torch.bfloat16):
     """See `reference.fp8_linear`; cards that multiply fp8 do so, older ones multiply the same values in bf16."""
     if not x.values.is_cuda:
         return reference.fp8_linear(x, weight, out_features, out_dtype)
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.values.device) >= FP8_CAPABILITY:
+    if torch.version.hip is None and capability_of(x.values.device) >= FP8_CAPABILITY:
         return scaled_matmul(x, weight, out_features).to(out_dtype)
     columns = x.values.shape[-1]
     wide = dequantise_rows(weight, columns)[:out_features].bfloat16()

@@ -102,8 +102,16 @@ def test_quantised_rows_keep_e4m3s_precision_at_every_magnitude():
 
 def test_attention_goes_to_a_kernel_on_the_cards_that_have_one_only():
     q = torch.zeros(1, 2, 8, 128, dtype=torch.bfloat16)
-    assert kernels.attention_kernel(q, q, q) is None and kernels.attention_kernel(q, q, q, fp8=True) is None
+    assert kernels.attention_kernel(q, q, q) is None
+    assert kernels.attention_kernel(q, q, q, fp8=True) is None
     assert "it wants an NVIDIA card, not 'cpu'" in kernels.why_no_fp8_attention(q.device, 128)
+
+
+def test_an_attention_kernel_that_a_compiler_got_wrong_is_noticed():
+    dispatch.check_attention(reference.attention, True, "cpu")
+    for wrong in (lambda q, k, v, fp8: v, lambda q, k, v, fp8: q * float("nan")):
+        with pytest.raises(RuntimeError, match="its result is off by"):
+            dispatch.check_attention(wrong, False, "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
