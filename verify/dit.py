@@ -2,7 +2,7 @@
 
 import torch
 
-from ..model_loader.attention import frame_windows, grouped_attention
+from ..model_loader.attention import frame_windows, joint_attention
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.config import DiTConfig
 from ..model_loader.load import fill
@@ -60,7 +60,7 @@ def check_layers(case, network, layout, seen, dtype):
     rotary = rotary_table(layout, config.positions, config.head_dim, torch.device("cpu"))
     x = case["out.adapter_out"]
     for i, layer in enumerate(network.block.layers):
-        out = layer(x[None], layout, rotary, grouped_attention)[0]
+        out = layer(x[None], layout, rotary, joint_attention)[0]
         yield compare(case, f"out.layer{i}.attn_out", seen["attn_out"][order], dtype, BF16_LAYER)
         yield compare(case, f"out.layer{i}.mlp_out", seen["mlp_out"][order], dtype, BF16_LAYER)
         yield compare(case, f"out.layer{i}.out", out[order], dtype, BF16_LAYER)
