@@ -61,8 +61,8 @@ def check_layers(case, network, layout, seen, dtype):
     x = case["out.adapter_out"]
     for i, layer in enumerate(network.block.layers):
         out = layer(x[None], layout, rotary, joint_attention)[0]
-        yield compare(case, f"out.layer{i}.attn_out", seen["attn_out"][order], dtype, BF16_LAYER)
-        yield compare(case, f"out.layer{i}.mlp_out", seen["mlp_out"][order], dtype, BF16_LAYER)
+        for part in ("attn_out", "mlp_out"):
+            yield compare(case, f"out.layer{i}.{part}", torch.cat(seen[part])[order], dtype, BF16_LAYER)
         yield compare(case, f"out.layer{i}.out", out[order], dtype, BF16_LAYER)
         x = case[f"out.layer{i}.out"][back]
 
@@ -113,16 +113,20 @@ def local_ranges(layout, radius):
 
 
 def record_outputs(network):
-    """Hook the network; return the dict that holds the parts' latest outputs for clip 0."""
+    """Hook the network; return the dict that holds the parts' latest outputs for clip 0, a layer's piece by piece."""
     seen = {}
 
     def keep(name):
         return lambda module, inputs, output: seen.__setitem__(name, output[0])
 
+    def keep_piece(name):
+        return lambda module, inputs, output: seen[name].append(output.flatten(0, -2))
+
     network.adapter.register_forward_hook(keep("adapter"))
     for layer in network.block.layers:
-        layer.attention.register_forward_hook(keep("attn_out"))
-        layer.mlp.register_forward_hook(keep("mlp_out"))
+        layer.register_forward_pre_hook(lambda module, inputs: seen.update(attn_out=[], mlp_out=[]))
+        layer.attention.linear_proj.register_forward_hook(keep_piece("attn_out"))
+        layer.mlp.register_forward_hook(keep_piece("mlp_out"))
     network.final_linear_video.register_forward_hook(keep("video"))
     network.final_linear_audio.register_forward_hook(keep("audio"))
     return seen
