@@ -14,41 +14,28 @@ KEY_MULTIPLE = 32  # keys change places in groups of so many, see `values_kernel
 
 
 @triton.jit
-def queries_kernel(
+def rows_kernel(
     x, key_largest, out, scale,
     x_batch, x_head, x_token,
     heads, group, tokens, rows,
-    HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Quantise rows of queries [batch, heads, tokens, HEAD_DIM]; `scale` takes in the scale of their keys as well."""
+    """Quantise rows of x [batch, heads, tokens, HEAD_DIM], keys with one scale a head: `key_largest` / 448.
+
+    QUERIES: every row has a scale of its own, and what goes into `scale` is that times the scale of its keys.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token, head, batch = row % tokens, (row // tokens) % heads, row // tokens // heads
     column = tl.arange(0, HEAD_DIM)
     inside = row < rows
     at = tl.multiple_of(batch * x_batch + head * x_head + token * x_token, 8)
     values = tl.load(x + at[:, None] + column[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    factor = tl.maximum(tl.max(tl.abs(values), axis=1), 1e-12) / 448.0
-    keys = tl.load(key_largest + batch * (heads // group) + head // group, mask=inside, other=0.0).to(tl.float32)
-    tl.store(scale + row, factor * tl.maximum(keys, 1e-12) / 448.0, mask=inside)
-    quantised = (values / factor[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (row * HEAD_DIM)[:, None] + column[None, :], quantised, mask=inside[:, None])
-
-
-@triton.jit
-def keys_kernel(
-    x, largest, out,
-    x_batch, x_head, x_token,
-    heads, tokens, rows,
-    HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Quantise keys [batch, heads, tokens, HEAD_DIM] with one scale a head: `largest` / 448."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    token, head, batch = row % tokens, (row // tokens) % heads, row // tokens // heads
-    column = tl.arange(0, HEAD_DIM)
-    inside = row < rows
-    at = tl.multiple_of(batch * x_batch + head * x_head + token * x_token, 8)
-    values = tl.load(x + at[:, None] + column[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    factor = tl.maximum(tl.load(largest + row // tokens, mask=inside, other=1.0).to(tl.float32), 1e-12) / 448.0
+    largest = tl.load(key_largest + batch * (heads // group) + head // group, mask=inside, other=1.0).to(tl.float32)
+    factor = tl.maximum(largest, 1e-12) / 448.0
+    if QUERIES:
+        own = tl.maximum(tl.max(tl.abs(values), axis=1), 1e-12) / 448.0
+        tl.store(scale + row, own * factor, mask=inside)
+        factor = own
     quantised = (values / factor[:, None]).to(out.dtype.element_ty)
     tl.store(out + (row * HEAD_DIM)[:, None] + column[None, :], quantised, mask=inside[:, None])
 
@@ -164,19 +151,14 @@ def quantised(q, k, v):
     with torch.cuda.device_of(q):
         key_largest = torch.linalg.vector_norm(k, float("inf"), dim=(2, 3))
         value_largest = torch.linalg.vector_norm(v, float("inf"), dim=2)
-        narrow_q = torch.empty(q.shape, dtype=FP8, device=q.device)
         query_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        rows = batch * heads * tokens
-        queries_kernel[(triton.cdiv(rows, 64),)](
-            q, key_largest, narrow_q, query_scale, *q.stride()[:3], heads, heads // key_heads, tokens, rows,
-            HEAD_DIM=head_dim, BLOCK_ROWS=64, num_warps=4,
-        )  # fmt: skip
-        narrow_k = torch.empty(k.shape, dtype=FP8, device=q.device)
-        rows = batch * key_heads * tokens
-        keys_kernel[(triton.cdiv(rows, 64),)](
-            k, key_largest, narrow_k, *k.stride()[:3], key_heads, tokens, rows,
-            HEAD_DIM=head_dim, BLOCK_ROWS=64, num_warps=4,
-        )  # fmt: skip
+        narrow_q, narrow_k = (torch.empty(x.shape, dtype=FP8, device=q.device) for x in (q, k))
+        for x, out, group in ((q, narrow_q, heads // key_heads), (k, narrow_k, 1)):
+            rows = out.numel() // head_dim
+            rows_kernel[(triton.cdiv(rows, 64),)](
+                x, key_largest, out, query_scale, *x.stride()[:3], x.shape[1], group, tokens, rows,
+                QUERIES=x is q, HEAD_DIM=head_dim, BLOCK_ROWS=64, num_warps=4,
+            )  # fmt: skip
         padded = -(-tokens // KEY_MULTIPLE) * KEY_MULTIPLE
         narrow_v = torch.empty((batch, key_heads, head_dim, padded), dtype=FP8, device=q.device)
         value_scale = torch.empty((batch, key_heads, head_dim), dtype=torch.float32, device=q.device)

@@ -36,12 +36,12 @@ def test_fp8_attention_compiles(card):
     from pack.kernels import attention_fp8_triton as kernels
 
     head = {"HEAD_DIM": 128}
-    q, x = {"x": "*bf16", "out": f"*{FP8}", "scale": FP32}, {"x": "*bf16", "out": f"*{FP8}"}
+    x = {"x": "*bf16", "out": f"*{FP8}", "scale": FP32}
     sources = [
-        source_of(kernels.queries_kernel, {**q, "key_largest": "*bf16"}, {**head, "BLOCK_ROWS": 64}),
-        source_of(kernels.keys_kernel, {**x, "largest": "*bf16"}, {**head, "BLOCK_ROWS": 64}),
-        source_of(kernels.values_kernel, {**q, "largest": "*bf16"}, {**head, "BLOCK_KEYS": 128}),
+        source_of(kernels.rows_kernel, {**x, "key_largest": "*bf16"}, {**head, "QUERIES": queries, "BLOCK_ROWS": 64})
+        for queries in (True, False)
     ]
+    sources.append(source_of(kernels.values_kernel, {**x, "largest": "*bf16"}, {**head, "BLOCK_KEYS": 128}))
     types = {"q": f"*{FP8}", "query_scale": FP32, "value_scale": FP32, "out": "*bf16", "scale": "fp32"}
     types |= {name: f"tensordesc<{FP8}[128,128]>" for name in ("keys", "values")}
     blocks = {"BLOCK_QUERIES": kernels.BLOCK_QUERIES, "BLOCK_KEYS": kernels.BLOCK_KEYS}
