@@ -153,11 +153,11 @@ def quantised(q, k, v):
         value_largest = torch.linalg.vector_norm(v, float("inf"), dim=2)
         query_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         narrow_q, narrow_k = (torch.empty(x.shape, dtype=FP8, device=q.device) for x in (q, k))
-        for x, out, group in ((q, narrow_q, heads // key_heads), (k, narrow_k, 1)):
+        for x, out, group, queries in ((q, narrow_q, heads // key_heads, True), (k, narrow_k, 1, False)):
             rows = out.numel() // head_dim
             rows_kernel[(triton.cdiv(rows, 64),)](
                 x, key_largest, out, query_scale, *x.stride()[:3], x.shape[1], group, tokens, rows,
-                QUERIES=x is q, HEAD_DIM=head_dim, BLOCK_ROWS=64, num_warps=4,
+                QUERIES=queries, HEAD_DIM=head_dim, BLOCK_ROWS=64, num_warps=4,
             )  # fmt: skip
         padded = -(-tokens // KEY_MULTIPLE) * KEY_MULTIPLE
         narrow_v = torch.empty((batch, key_heads, head_dim, padded), dtype=FP8, device=q.device)
