@@ -125,7 +125,14 @@ def working_attention(capability, fp8):
 def attention_kernel(q, k, v, fp8=False):
     """Return what computes `reference.attention` of q, k, v, or None: then torch has to, see model_loader.attention."""
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    served = q.is_cuda and q.dtype == torch.bfloat16 and q.shape[-1] == ATTENTION_HEAD and not needs_gradient
+    served = not needs_gradient and all(
+        tensor.is_cuda
+        and tensor.dtype == torch.bfloat16
+        and tensor.shape[-1] == ATTENTION_HEAD
+        and tensor.stride(-1) == 1
+        and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+        for tensor in (q, k, v)
+    )
     return working_attention(capability_of(q.device), fp8) if served else None
 
 
