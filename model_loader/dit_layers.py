@@ -32,12 +32,15 @@ PIECE = 4096  # tokens that pass the linears at a time, at most: every clip of 2
 
 
 def cut(spans, experts):
-    """Cut a sequence into pieces of at most PIECE tokens; where there are experts, none holds tokens of two of them.
+    """Cut a sequence of more than PIECE tokens into pieces of fewer, where there are experts none of two of them.
 
-    Returns for every piece the lengths of its spans, one for each expert, all but one of them 0.
+    Returns for every piece the lengths of its spans, one for each expert.
     """
+    spans = spans if experts > 1 else (sum(spans),)
+    if sum(spans) <= PIECE:
+        return [tuple(spans)]
     pieces = []
-    for expert, span in enumerate(spans if experts > 1 else (sum(spans),)):
+    for expert, span in enumerate(spans):
         count = math.ceil(span / PIECE)
         lengths = (span * (i + 1) // count - span * i // count for i in range(count))
         pieces += [tuple(length if i == expert else 0 for i in range(experts)) for length in lengths]
