@@ -68,11 +68,12 @@ def values_kernel(
 
 @triton.jit
 def attend_to(
-    keys, values, queries, query_scale, row_of_keys, row_of_values, start, first, last, largest, total, out,
+    keys, values, queries, query_scale, row_of_keys, row_of_values, first, last, largest, total, out,
     SHIFT: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the running softmax over keys `first` to `last` in blocks from `start` on."""
+    """Go on with the running softmax over keys `first` to `last`, which may be none; blocks start at multiples of 32."""
     BLOCK_QUERIES: tl.constexpr = queries.shape[0]
+    start = tl.where(first < last, first // 32 * 32, last)
     for key in tl.range(start, last, BLOCK_KEYS):
         scores = tl.dot(queries, keys.load([row_of_keys + key, 0]).T)
         if (key < first) | (key + BLOCK_KEYS > last):
@@ -130,11 +131,11 @@ def attention_kernel(
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     result = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
     largest, total, result = attend_to(
-        keys, values, queries, factor, key_head * tokens, key_head * HEAD_DIM, near // 32 * 32, near, near_end,
+        keys, values, queries, factor, key_head * tokens, key_head * HEAD_DIM, near, near_end,
         largest, total, result, SHIFT, BLOCK_KEYS, HEAD_DIM,
     )  # fmt: skip
     largest, total, result = attend_to(
-        keys, values, queries, factor, key_head * tokens, key_head * HEAD_DIM, far // 32 * 32, far, tokens,
+        keys, values, queries, factor, key_head * tokens, key_head * HEAD_DIM, far, tokens,
         largest, total, result, SHIFT, BLOCK_KEYS, HEAD_DIM,
     )  # fmt: skip
     result = result / total[:, None] * tl.load(value_scale + key_head * HEAD_DIM + column)[None, :]

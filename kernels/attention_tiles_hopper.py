@@ -27,8 +27,11 @@ def range_of_block(tokens, frame, frames, radius, BLOCK_QUERIES: gl.constexpr):
 
 @gluon.jit
 def blocks_of_range(first, last, BLOCK_KEYS: gl.constexpr):
-    """Return how many blocks serve keys `first` to `last`: blocks start at multiples of 32."""
-    return gl.cdiv(last - first // 32 * 32, BLOCK_KEYS)
+    """Return how many blocks serve keys `first` to `last`, which may be none: blocks start at multiples of 32."""
+    blocks = gl.cdiv(last - first // 32 * 32, BLOCK_KEYS)
+    if first >= last:
+        blocks = 0
+    return blocks
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ SIZES = pytest.mark.parametrize(
         (1, (2, 1), 24, ()),  # less than a block of queries or keys
         (1, (2, 1), 4 * 45 + 17, (45, 4, 1)),  # frames that start at no multiple of 32
         (1, (2, 1), 3 * 130 + 150, (130, 3, 0)),
-        (2, (2, 2), 5 * 64, (64, 5, 2)),  # nothing but frames
+        (2, (2, 2), 5 * 63, (63, 5, 2)),  # nothing but frames
     ],
     ids=str,
 )
