@@ -71,7 +71,7 @@ def attend_to(
     keys, values, queries, query_scale, row_of_keys, row_of_values, first, last, largest, total, out,
     SHIFT: tl.constexpr, BLOCK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the running softmax over keys `first` to `last`, which may be none; blocks start at multiples of 32."""
+    """Go on with the running softmax over keys `first` to `last`, maybe none; blocks start at multiples of 32."""
     BLOCK_QUERIES: tl.constexpr = queries.shape[0]
     start = tl.where(first < last, first // 32 * 32, last)
     for key in tl.range(start, last, BLOCK_KEYS):
