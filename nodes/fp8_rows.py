@@ -29,8 +29,11 @@ class RowScaledFP8(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata, params):
-        """Return the matrix in the dtype it stands for; the product is rounded once."""
-        return (qdata.float() * params.scale).to(params.orig_dtype)
+        """Return the matrix in the dtype it stands for, which holds every fp8 number; the product is rounded once.
+
+        In place, because this runs for every layer of every step: a third of the memory traffic of products in fp32.
+        """
+        return qdata.to(params.orig_dtype).mul_(params.scale)
 
     @classmethod
     def get_plain_tensors(cls, qtensor):
