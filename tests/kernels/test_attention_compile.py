@@ -31,7 +31,7 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("card", [89, 90, 100])
+@pytest.mark.parametrize("card", [89, 90, 100, 120])
 def test_fp8_attention_compiles(card):
     from pack.kernels import attention_fp8_triton as kernels
 
