@@ -12,6 +12,7 @@ from pack.model_loader.fp8_linear import with_fp8_linears
 from pack.model_loader.load import load_dit, load_text_encoder, tokenizer_json
 from pack.sampler.denoise import seeded_noise
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.mark.parametrize("network", ["dit", "sr_dit"])
@@ -107,6 +108,25 @@ def test_fp8_linears_stay_near_nano_in_bf16():
     clip = noise(torch.empty(1, 48, 13, 6, 6)), noise(torch.empty(1, 51, 64)), text
     for found, wanted in zip(narrow(*clip), nano(*clip), strict=True):
         assert 0 < (found - wanted).norm() / wanted.norm() < 4e-2
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a value of a tensor is asked for: a card would be waited for, and a CUDA graph not recorded."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["dit", "sr_dit"])
+def test_a_forward_does_not_wait_for_its_values(name, clip, request):
+    network = request.getfixturevalue(name)
+    before = network(*clip)  # makes the table of positions, once for all steps
+    with NothingIsRead():
+        after = network(*clip)
+        with pytest.raises(AssertionError):
+            after[0].sum().item()
+    assert torch.equal(before[0], after[0])
 
 
 @torch.no_grad()
