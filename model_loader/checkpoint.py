@@ -75,7 +75,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path):
-        """Open a .safetensors file, a shard or folder of shards, a torch pickle of tensors, or a .gguf encoder.
+        """Open a .safetensors file, a shard or folder of shards, a torch pickle of tensors, or a .gguf file.
 
         Reads headers only (a pickle is mapped, not read). CheckpointError for anything missing, truncated or unsafe.
         """

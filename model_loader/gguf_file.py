@@ -1,4 +1,4 @@
-"""T5Gemma encoders as .gguf files: the header read here, blocks dequantised by the `gguf` package, published names."""
+"""Transformers and T5Gemma as .gguf files: the header read here, blocks dequantised by `gguf`, published names."""
 
 import math
 import mmap
@@ -14,7 +14,8 @@ from .checkpoint import AGAIN, Checkpoint, CheckpointError, TensorHeader, refuse
 from .tokenizer import HEADER_KEY, definition_of_vocabulary
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-QUANTISED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")  # Q5_K: what K-quant mixes use beside Q4_K and Q6_K
+# What Q4_K_M, Q5_K_S and the like mix, and the older types, whose blocks of 32 fit more tensors than those of 256.
+QUANTISED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # where the header does not say otherwise
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -52,9 +53,9 @@ class StoredTensor:
 def open_gguf(path):
     """Open a .gguf file as a Checkpoint in published names; quantised tensors become fp32 when they are read.
 
-    Tensors that keep their Hugging Face names keep their values. Under llama.cpp's names (`enc.blk.N.attn_q.weight`)
-    norm weights are read as 1 + w, and 1 is taken off: llama.cpp's converters of Gemma 1 to 3 and of T5Gemma 2 add it,
-    and none for T5Gemma was merged, so that this is inferred. Raises CheckpointError.
+    Tensors that keep their published names, as a transformer's do, keep their values. Under llama.cpp's names for T5
+    (`enc.blk.N.attn_q.weight`) norm weights are read as 1 + w, and 1 is taken off: llama.cpp's converters of Gemma 1 to
+    3 and of T5Gemma 2 add it, and none for T5Gemma was merged, so that this is inferred. Raises CheckpointError.
     """
     gguf = _package(path)
     if path.stat().st_size < 24:

@@ -55,10 +55,10 @@ def add_examples():
 def choices(part):
     """List what a loader offers: single files and folders of shards, without other parts' built-in files.
 
-    Text encoders may be .gguf files too, which ComfyUI's own lists leave out.
+    Transformers and text encoders may be .gguf files too, which ComfyUI's own lists leave out.
     """
     other_nano = {other.nano for other in PARTS} - {part.nano}
-    gguf = _gguf_files(part.folder) if part is TEXT_ENCODER else []
+    gguf = _gguf_files(part.folder) if part in (MODEL, TEXT_ENCODER) else []
     files = {*folder_paths.get_filename_list(part.folder), *gguf} - other_nano
     return sorted({name for name in map(_whole, files) if name})
 

@@ -1,4 +1,4 @@
-"""T5Gemma files as llama.cpp's tools write them: names, quantised rows, header."""
+"""GGUF files as llama.cpp's tools write them: names, quantised rows, header."""
 
 from functools import partial
 
@@ -80,6 +80,13 @@ def pack_q4_k(weights, bits=4):
 K_QUANTS = {KIND.Q6_K: pack_q6_k, KIND.Q5_K: partial(pack_q4_k, bits=5), KIND.Q4_K: pack_q4_k}
 
 
+def kind_of(tensor, kind):
+    """Return what tools store a tensor as that is to be `kind`: vectors F32, rows that its blocks do not fill F16."""
+    if tensor.ndim < 2:
+        return KIND.F32
+    return KIND[kind] if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[KIND[kind]][0] == 0 else KIND.F16
+
+
 def stored(array, kind):
     if kind in K_QUANTS:
         return K_QUANTS[kind](array)
@@ -87,7 +94,7 @@ def stored(array, kind):
 
 
 def write(path, tensors, kind="F32", architecture="t5gemma", vocabulary=(["<pad>", "<eos>", "<bos>"], [3]), **metadata):
-    """Write a GGUF as llama.cpp's tools do: vectors stay F32. vocabulary: pieces, best last, and their kinds."""
+    """Write a GGUF as llama.cpp's tools do, see `kind_of`. vocabulary: pieces, best last, and their kinds."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_string("tokenizer.ggml.model", "llama")
     writer.add_array("tokenizer.ggml.tokens", vocabulary[0])
@@ -97,11 +104,33 @@ def write(path, tensors, kind="F32", architecture="t5gemma", vocabulary=(["<pad>
     for key, value in metadata.items():
         writer.add_uint16(key.replace("_", "."), value)
     for name, tensor in tensors.items():
-        chosen = KIND[kind] if tensor.ndim > 1 else KIND.F32
+        chosen = kind_of(tensor, kind)
         array = tensor.detach().float().contiguous().numpy()
         writer.add_tensor(name, stored(array, chosen), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def write_sparse(path, tensors, kind, architecture):
+    """Write a GGUF without content: names, shapes and types of tensors on meta."""
+    writer = gguf.GGUFWriter(path, architecture)
+    end = 0
+    for name, tensor in tensors.items():
+        chosen = kind_of(tensor, kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[chosen]
+        size = tensor.numel() // block * block_bytes
+        dtype = {KIND.F32: np.float32, KIND.F16: np.float16}.get(chosen, np.uint8)
+        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, chosen) if dtype is np.uint8 else tensor.shape
+        writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=chosen)
+        end += -(-size // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with open(path, "r+b") as file:
+        start = file.seek(0, 2)
+        file.truncate(-(-start // 32) * 32 + end)
     return path

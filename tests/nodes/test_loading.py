@@ -72,9 +72,9 @@ def gguf_encoder(weights):
     shutil.rmtree(folder)
 
 
-def test_a_gguf_text_encoder_is_listed_for_its_loader_only_and_loads(loaded, weights, gguf_encoder):
+def test_a_gguf_text_encoder_is_listed_but_not_as_a_vae_and_loads(loaded, weights, gguf_encoder):
     assert files.choices(files.TEXT_ENCODER) == [files.TEXT_ENCODER.nano, "t5/tiny.gguf"]
-    assert files.choices(files.MODEL) == [files.MODEL.nano]
+    assert files.choices(files.VIDEO_VAE) == [files.VIDEO_VAE.nano]
     with pytest.raises(CheckpointError, match=r"tiny.gguf: no tokenizer .* a tokenizer.json or tokenizer.model in the"):
         LoadTextEncoder.execute("t5/tiny.gguf", "default")
     gguf_encoder.with_name("tokenizer.json").write_text(tokenizer_json(weights / files.TEXT_ENCODER.nano))
@@ -83,6 +83,27 @@ def test_a_gguf_text_encoder_is_listed_for_its_loader_only_and_loads(loaded, wei
     tokens = {ENCODER: [loaded[1].tokenize("a red ball")[ENCODER][0][1:]]}
     found, meant = (c.encode_from_tokens_scheduled(tokens)[0][0] for c in (clip, loaded[1]))
     assert torch.equal(found, meant)
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn"])
+def test_a_gguf_transformer_is_listed_but_not_as_a_vae_and_loads(loaded, weights, weight_dtype):
+    gguf = pytest.importorskip("gguf", reason="optional package: pip install gguf")
+    name = "tiny_distill.gguf"
+    writer = gguf.GGUFWriter(weights / name, "magihuman")
+    for key, tensor in load_file(weights / files.MODEL.nano).items():
+        writer.add_tensor(key, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    try:
+        assert files.choices(files.MODEL) == [files.MODEL.nano, name]
+        assert files.choices(files.AUDIO_VAE) == [files.AUDIO_VAE.nano]
+        found, meant = (LoadModel.execute(file, weight_dtype).args[0].model for file in (name, files.MODEL.nano))
+        found, meant = (model.diffusion_model.state_dict() for model in (found, meant))
+        assert found.keys() == meant.keys() and all(torch.equal(found[key], meant[key]) for key in meant)
+    finally:
+        (weights / name).unlink()
 
 
 @pytest.mark.parametrize(
