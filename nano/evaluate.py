@@ -19,7 +19,7 @@ from .latents import FRAMES
 from .measure import matched, observe, pearson
 from .training import WEIGHTS
 
-SR_CLIPS = 6
+SR_CLIPS = 18
 
 
 class Tally:

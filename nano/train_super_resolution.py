@@ -5,25 +5,29 @@
 It walks a straight path: at noise level 1 stands what the sampler starts from (`start_super_resolution`), at 0 the
 latent of the large clip. Both come from the video VAE, so train that first. Then it learns from its own mistakes: the
 sampler itself walks, and at each of its steps, wherever the last ones led, the large clip is where to go. An error of
-the latent counts as much as the pixels that it moves, see nano/pixel_metric.py.
+the latent counts as much as the pixels that it moves, on average (nano/pixel_metric.py), and where a walk ends the
+beginning of the clip is decoded and compared with the picture itself.
 """
 
 import argparse
+import math
 
 import numpy as np
 import torch
 
 from ..model_loader.config import DiTConfig
 from ..model_loader.dit import DiT
-from ..model_loader.load import save_part
+from ..model_loader.load import load_video_vae, save_part
+from ..sampler.conditioning import with_first_image
 from ..sampler.denoise import denoise_unipc
 from ..sampler.schedule import flow_sigmas
 from ..sampler.super_resolution import AUDIO_NOISE_SHARE, NOISE_LEVEL, STEPS, noised_latent, upsample_latent
-from .latents import encode_clips, encode_prompts
+from . import world
+from .latents import encode_clips, encode_prompts, scene_of
 from .pixel_metric import nano_metric, weighted_square
 from .train_dit import draw_mode, initialise, to_bf16_linears
 from .train_video_vae import CHANNELS
-from .training import WEIGHTS, bf16_matmuls, plain_attention, train
+from .training import WEIGHTS, bf16_matmuls, plain_attention, quicken_video_vae, train
 
 CONFIG = DiTConfig(
     num_layers=4,
@@ -42,8 +46,9 @@ CONFIG = DiTConfig(
 BATCH, OWN_BATCH = 8, 4  # clips a step; a step of the second kind is a whole walk
 # What nano's second stage starts from. The published level, 220, drowns all but the coarsest of its half-whitened
 # channels; corners that are not aligned put each cell of the small latent under one patch of the large one.
-OWN_START = {"noise_level": 20, "align_corners": False}
-OWN_SHARE = 0.8  # of the batches, at levels up to twice that one; the others start as published
+OWN_START = {"noise_level": 5, "align_corners": False}
+OWN_LEVELS, OWN_SHARE = 20, 0.9  # trained at levels up to this one; the other batches start as published
+SEEN, SEEN_WEIGHT = (2, 3), 50.0  # clips, and latents of each, that are decoded where a walk ends; weight of the pixels
 
 
 class Pairs:
@@ -58,12 +63,12 @@ class Pairs:
         self.shares = counts / counts.sum()
 
     def draw(self, rng, count=BATCH):
-        """Return (small [B,48,13,6,6], large [B,48,13,12,12], audio [B,51,64], text [B,n,96]) fp32."""
+        """Return (small [B,48,13,6,6], large [B,48,13,12,12], audio [B,51,64], text [B,n,96]) fp32, scenes [B]."""
         clips, features = self.prompts[rng.choice(self.lengths, p=self.shares)]
         rows = rng.integers(0, len(clips), count)
         chosen = clips[rows]
         parts = (self.small[chosen], self.large[chosen], self.audio[chosen], features[rows])
-        return tuple(torch.from_numpy(part.astype(np.float32)) for part in parts)
+        return *(torch.from_numpy(part.astype(np.float32)) for part in parts), chosen
 
 
 def on_the_path(start, large, sigma):
@@ -72,13 +77,18 @@ def on_the_path(start, large, sigma):
     return level * start + (1 - level) * large, start - large
 
 
-def draw_start(rng, small, large):
-    """Return what the sampler starts from, shaped as `large`: nano's own way, or for some batches the published one."""
+def start_of(small, large, level, align_corners):
+    """Return what the sampler starts from at a noise level, shaped as `large`."""
     noise = torch.randn_like(large)
     noise[:, CHANNELS:] = 0
+    return noised_latent(upsample_latent(small, *large.shape[-2:], align_corners), noise, level)
+
+
+def draw_start(rng, small, large):
+    """Return what the sampler starts from: nano's own way, or for some batches the published one."""
     own = rng.random() < OWN_SHARE
-    level = int(rng.integers(1, 2 * OWN_START["noise_level"] + 1)) if own else NOISE_LEVEL
-    return noised_latent(upsample_latent(small, *large.shape[-2:], not own), noise, level)
+    level = int(rng.integers(1, OWN_LEVELS + 1)) if own else NOISE_LEVEL
+    return start_of(small, large, level, not own)
 
 
 def draw_levels(rng, count):
@@ -88,30 +98,40 @@ def draw_levels(rng, count):
 
 
 def own_walk(velocity, start, heard, large, image_given, metric):
-    """Return the mean loss over the steps of the sampler's walk from `start`; each step is taught, none the one before.
+    """Return the mean loss over the steps of the sampler's walk from `start`, and the clip where it ends, as `large`.
 
-    velocity: function(x, heard) -> both velocities, with gradients. Error in units of velocity, by `metric`.
+    Each step is taught, none the one before; the clip hangs on the last. velocity: function(x, heard) -> both
+    velocities, with gradients. Error in units of velocity, by `metric`.
     """
-    losses, first = [], 1 if image_given else 0
+    losses, ends, first = [], [], 1 if image_given else 0
 
     def taught(x, audio, sigma):
         got, sound = velocity(x, audio)
         losses.append(weighted_square((got - (x - large) / sigma)[:, :, first:], metric))
+        ends.append(x - sigma * got)
         return got.detach(), sound.detach()
 
     image = large[:, :, :1] if image_given else None
     denoise_unipc(taught, start, heard, flow_sigmas(STEPS), image=image, keep_audio=True)
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(), with_first_image(ends[-1], image)
+
+
+def pixels_of(scenes, latents):
+    """Return pixels [B,3,F,192,192] in [-1,1] of the beginnings, `latents` latent frames, of training scenes."""
+    frames = np.stack([world.render_frames(scene_of(i), 4 * latents - 3, 2) for i in scenes])
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--own-steps", type=int, default=2000, help="then so many walks of the sampler's own")
-    parser.add_argument("--clips", type=int, default=800)
+    parser.add_argument("--clips", type=int, default=4000)
     options = parser.parse_args()
+    quicken_video_vae()
     pairs = Pairs(options.clips)
     metric = nano_metric(pairs.large)
+    decode = load_video_vae(WEIGHTS / "nano_video_vae.safetensors").requires_grad_(False).decode_raw
     torch.manual_seed(0)
     dit = initialise(DiT(CONFIG, dtype=torch.float32))
 
@@ -120,26 +140,31 @@ def main():
             return dit(x, heard, text, attention=plain_attention)
 
     def lesson(step, count):
-        """Return the sampler's start, what it hears, the text, the large clip, whether its first frame is given."""
+        """Return the sampler's start, what it hears, text, large clip, whether its first frame is given, the scenes."""
         rng = np.random.default_rng((91, step))
-        small, large, audio, text = pairs.draw(rng, count)
+        small, large, audio, text, scenes = pairs.draw(rng, count)
         image_given, _ = draw_mode(rng)
         heard = AUDIO_NOISE_SHARE * torch.randn_like(audio) + (1 - AUDIO_NOISE_SHARE) * audio
-        return rng, draw_start(rng, small, large), heard, text, large, image_given
+        return rng, draw_start(rng, small, large), heard, text, large, image_given, scenes
 
     def on_the_straight_path(step):
-        rng, start, heard, text, large, image_given = lesson(step, BATCH)
+        rng, start, heard, text, large, image_given, _ = lesson(step, BATCH)
         x, wanted = on_the_path(start, large, draw_levels(rng, len(large)))
         first = 1 if image_given else 0
         x[:, :, :first] = large[:, :, :first]
-        return weighted_square((velocity(x, heard, text)[0] - wanted)[:, :, first:], metric)
+        return weighted_square((velocity(x, heard, text)[0] - wanted)[:, :, first:], metric), {}
 
     def on_its_own_walk(step):
-        _, start, heard, text, large, image_given = lesson(step, OWN_BATCH)
-        return own_walk(lambda x, audio: velocity(x, audio, text), start, heard, large, image_given, metric)
+        _, start, heard, text, large, image_given, scenes = lesson(step, OWN_BATCH)
+        walk, end = own_walk(lambda x, audio: velocity(x, audio, text), start, heard, large, image_given, metric)
+        clips, latents = SEEN
+        with bf16_matmuls():
+            seen = decode(end[:clips, :, :latents]).float()
+        error = (seen - pixels_of(scenes[:clips], latents)).square().mean()
+        return walk + SEEN_WEIGHT * error, {"walk": walk.item(), "psnr": -10 * math.log10(error.item() / 4)}
 
     def loss_of_step(step):
-        return (on_the_straight_path if step < options.steps else on_its_own_walk)(step), {}
+        return (on_the_straight_path if step < options.steps else on_its_own_walk)(step)
 
     dit = train(
         "super_resolution", dit, loss_of_step,

@@ -1,17 +1,21 @@
 """The training loop: a resumed run ends where an uninterrupted one does; and what the teacher and its walks rest on."""
 
+import numpy as np
 import pytest
 import torch
 from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
-from pack.nano import training
+from pack.nano import training, world
+from pack.nano.latents import scene_of
 from pack.nano.pixel_metric import nano_metric, pixel_metric, weighted_square
 from pack.nano.train_distill import own_states, walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
-from pack.nano.train_super_resolution import on_the_path, own_walk
+from pack.nano.train_refined_decoder import refined
+from pack.nano.train_super_resolution import on_the_path, own_walk, pixels_of
 from pack.nano.train_video_vae import CHANNELS
 from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
+from pack.sampler.super_resolution import upsample_latent
 
 
 def run(folder, monkeypatch, stop_at=None):
@@ -181,11 +185,50 @@ def test_the_sampler_walks_while_it_is_taught(image_given):
         seen.append(x)
         return (x - large) / next(levels) + off, torch.zeros_like(audio)
 
-    loss = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
+    loss, end = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
     assert loss.item() == pytest.approx(0, abs=1e-9) and len(seen) == 5
+    assert torch.allclose(end, large, atol=1e-5)
     assert (seen[-1] - large)[:, :, 1:].abs().mean() < (seen[0] - large)[:, :, 1:].abs().mean()
     assert torch.equal(seen[0][:, :, :1], (large if image_given else start)[:, :, :1])
     levels, off.data = iter(flow_sigmas(5)[:-1]), torch.ones(1)
-    loss = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
+    loss, end = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
+    last = flow_sigmas(5)[-2].item()
+    assert torch.allclose(end[:, :, 1:], (large - last)[:, :, 1:], atol=1e-5)
+    assert torch.equal(end[:, :, :1], large[:, :, :1]) == image_given
+    (ends,) = torch.autograd.grad(end.sum(), off, retain_graph=True)
+    assert ends.item() == pytest.approx(
+        -last * end[:, :, int(image_given) :].numel(), rel=1e-5
+    )  # of the last step alone
     loss.backward()
     assert loss.item() == pytest.approx(1) and off.grad.item() == pytest.approx(2)
+
+
+def test_the_decoder_sees_where_the_sampler_ends_and_the_clip_it_should_be():
+    torch.manual_seed(0)
+    small, large, audio, text = (
+        torch.randn(shape) for shape in ((1, 48, 13, 6, 6), (1, 48, 13, 12, 12), (1, 51, 64), (1, 9, 96))
+    )
+    began = []
+
+    class Known:
+        def draw(self, rng, count):
+            assert count == 1
+            return small, large, audio, text, np.array([7])
+
+    def straight_to_the_clip(x, heard, features, attention):
+        began.append(x)
+        assert torch.equal(features, text) and not torch.equal(heard, audio)
+        return began[0] - large, torch.zeros_like(heard)
+
+    latents, pixels = refined(straight_to_the_clip, Known(), None)
+    assert torch.allclose(latents, large[:, :, :5], atol=3e-3) and len(began) == 5  # levels begin at 0.9998
+    assert (began[0] - upsample_latent(small, 12, 12, False)).abs()[:, :CHANNELS].mean() < 0.1
+    assert torch.equal(pixels, pixels_of([7], 5)) and pixels.shape == (1, 3, 17, 192, 192)
+
+
+def test_a_training_clip_is_compared_with_its_own_picture():
+    pixels = pixels_of([3, 5], 3)
+    assert pixels.shape == (2, 3, 9, 192, 192) and pixels.min() >= -1 and pixels.max() <= 1
+    for shown, number in zip(pixels, (3, 5), strict=True):
+        whole = world.render_frames(scene_of(number), 49, 2)[:9] * 2 - 1
+        assert torch.equal(shown, torch.from_numpy(whole).permute(3, 0, 1, 2))
