@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_DIT
 from gguf_on_disk import write, write_sparse
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.config import DISTILL, SR_1080P
@@ -19,7 +18,8 @@ ERRORS = {"BF16": 5e-3, "Q8_0": 1e-2, "Q6_K": 4e-2, "Q4_K": 0.15, "Q4_0": 0.18} 
 def network():
     """A transformer whose rows of 256 K-quants fill, all but the MLP's: 680 columns, as 13,652 of the full size."""
     torch.manual_seed(3)
-    return DiT(replace(TINY_DIT, hidden_size=256, head_dim=32)).eval()
+    small = {"num_layers": 4, "hidden_size": 256, "head_dim": 32, "num_query_groups": 2, "text_in_channels": 24}
+    return DiT(replace(DISTILL, **small, expert_layers=(0, 3), gelu7_layers=(0,))).eval()
 
 
 def tensors_of(network, prefix=""):
