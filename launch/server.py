@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -25,8 +26,21 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def interrupt_when_told_to_end():
+    """Let SIGTERM do what Ctrl-C does, so that `with` blocks are left in order; return a call that undoes it.
+
+    Only the main thread may: in any other, and where somebody handles the signal already, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return lambda: None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Server:
     """A ComfyUI whose every file but `output` lies in a temporary folder, ready inside the `with` block.
+
+    A program that is told to end (SIGTERM) leaves that block, and stops the server, as it does on Ctrl-C.
 
     comfyui: its folder. output: where clips go. arguments: more words for its main.py. python: what runs it.
     Raises LaunchError, with the end of its log, when it does not come up within `patience` seconds.
@@ -54,6 +68,7 @@ class Server:
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
+        self.as_before = interrupt_when_told_to_end()
         try:
             self._wait_until_ready()
         except BaseException:
@@ -68,6 +83,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.as_before()
         self.log_file.close()
         self.folder.cleanup()
 

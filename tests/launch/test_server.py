@@ -2,9 +2,12 @@
 
 import copy
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from pack.launch import LaunchError, demo
+from pack.launch import ROOT, LaunchError, demo
 from pack.launch.client import Client, Interrupted, NodeError, PromptError
 from pack.launch.server import Server
 
@@ -81,6 +84,29 @@ def test_interrupt_then_the_next_one_works(server):
 def test_server_that_cannot_start_says_why(comfyui, tmp_path):
     with pytest.raises(LaunchError, match="exit code 2(.|\n)*unrecognized arguments: --no-such-word"):
         Server(comfyui, tmp_path, arguments=["--no-such-word"]).__enter__()
+
+
+WAITS_WITH_A_SERVER = """
+import sys, time, as_package
+as_package.load_pack()
+from pack.launch.server import Server
+with Server(sys.argv[1], sys.argv[2]) as server:
+    print(server.process.pid, server.base, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a program without telling it")
+def test_a_program_that_is_told_to_end_takes_its_server_with_it(comfyui, tmp_path):
+    words = [sys.executable, "-c", WAITS_WITH_A_SERVER, comfyui, str(tmp_path / "output")]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        number, base = program.stdout.readline().split()
+        os.kill(int(number), 0)  # it runs
+        program.terminate()
+        assert "KeyboardInterrupt" in program.communicate(timeout=60)[1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number), 0)
+    assert not Path(base).exists()
 
 
 def test_server_that_dies_says_why(server):  # the last test of this file: nobody can use the server after it

@@ -11,7 +11,13 @@ from pack.model_loader.detect import describe
 from pack.model_loader.dit import DiT
 from pack.model_loader.load import expected_tensors, load_dit, plan, published_tensors
 
-ERRORS = {"BF16": 5e-3, "Q8_0": 1e-2, "Q6_K": 4e-2, "Q4_K": 0.15, "Q4_0": 0.18}  # of a velocity; measured: half to two thirds
+ERRORS = {
+    "BF16": 5e-3,
+    "Q8_0": 1e-2,
+    "Q6_K": 4e-2,
+    "Q4_K": 0.15,
+    "Q4_0": 0.18,
+}  # of a velocity; measured: half to two thirds
 
 
 @pytest.fixture(scope="module")
