@@ -14,8 +14,8 @@ import torch
 from ..model_loader.load import load_dit, load_video_vae
 from ..sampler.denoise import denoise_unipc
 from ..sampler.schedule import flow_sigmas
-from ..sampler.super_resolution import AUDIO_NOISE_SHARE, STEPS
-from .train_super_resolution import OWN_START, Pairs, pixels_of, start_of
+from ..sampler.super_resolution import STEPS, start_super_resolution
+from .train_super_resolution import OWN_START, Pairs, pixels_of
 from .train_video_vae import CLIPS, LARGE_CLIPS, batch, distance, psnr, save, with_noise
 from .training import WEIGHTS, bf16_matmuls, plain_attention, quicken_video_vae, train
 
@@ -26,8 +26,7 @@ LATENTS = 5  # of a refined clip that are decoded: 17 frames
 def refined(network, pairs, rng):
     """Return (latents [1,48,5,12,12] where the sampler ends, pixels [1,3,17,192,192] in [-1,1]) of a training clip."""
     small, large, audio, text, scenes = pairs.draw(rng, 1)
-    start = start_of(small, large, OWN_START["noise_level"], OWN_START["align_corners"])
-    heard = AUDIO_NOISE_SHARE * torch.randn_like(audio) + (1 - AUDIO_NOISE_SHARE) * audio
+    start, heard = start_super_resolution(small, audio, *large.shape[-2:], torch.randn_like, **OWN_START)
 
     def velocity(x, heard, sigma):
         with bf16_matmuls():
@@ -39,7 +38,7 @@ def refined(network, pairs, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--clips", type=int, default=4000)
     options = parser.parse_args()
     quicken_video_vae()

@@ -77,18 +77,13 @@ def on_the_path(start, large, sigma):
     return level * start + (1 - level) * large, start - large
 
 
-def start_of(small, large, level, align_corners):
-    """Return what the sampler starts from at a noise level, shaped as `large`."""
+def draw_start(rng, small, large):
+    """Return what the sampler starts from, shaped as `large`: nano's own way, or for some batches the published one."""
     noise = torch.randn_like(large)
     noise[:, CHANNELS:] = 0
-    return noised_latent(upsample_latent(small, *large.shape[-2:], align_corners), noise, level)
-
-
-def draw_start(rng, small, large):
-    """Return what the sampler starts from: nano's own way, or for some batches the published one."""
     own = rng.random() < OWN_SHARE
     level = int(rng.integers(1, OWN_LEVELS + 1)) if own else NOISE_LEVEL
-    return start_of(small, large, level, not own)
+    return noised_latent(upsample_latent(small, *large.shape[-2:], not own), noise, level)
 
 
 def draw_levels(rng, count):
