@@ -117,6 +117,18 @@ def pixels_of(scenes, latents):
     return torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
+def with_pixels(walk, end, scenes, decode):
+    """Return the loss of a walk: its mean over the steps, `walk`, and the pixels of where it ends; and both as numbers.
+
+    Of the first clips of `end` [B,48,T,12,12] the beginnings are decoded and compared with the `scenes` [B] themselves.
+    """
+    clips, latents = SEEN
+    with bf16_matmuls():
+        seen = decode(end[:clips, :, :latents]).float()
+    error = (seen - pixels_of(scenes[:clips], latents)).square().mean()
+    return walk + SEEN_WEIGHT * error, {"walk": walk.item(), "psnr": -10 * math.log10(error.item() / 4)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
@@ -152,11 +164,7 @@ def main():
     def on_its_own_walk(step):
         _, start, heard, text, large, image_given, scenes = lesson(step, OWN_BATCH)
         walk, end = own_walk(lambda x, audio: velocity(x, audio, text), start, heard, large, image_given, metric)
-        clips, latents = SEEN
-        with bf16_matmuls():
-            seen = decode(end[:clips, :, :latents]).float()
-        error = (seen - pixels_of(scenes[:clips], latents)).square().mean()
-        return walk + SEEN_WEIGHT * error, {"walk": walk.item(), "psnr": -10 * math.log10(error.item() / 4)}
+        return with_pixels(walk, end, scenes, decode)
 
     def loss_of_step(step):
         return (on_the_straight_path if step < options.steps else on_its_own_walk)(step)

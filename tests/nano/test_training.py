@@ -11,7 +11,7 @@ from pack.nano.pixel_metric import nano_metric, pixel_metric, weighted_square
 from pack.nano.train_distill import own_states, walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
 from pack.nano.train_refined_decoder import refined
-from pack.nano.train_super_resolution import on_the_path, own_walk, pixels_of
+from pack.nano.train_super_resolution import SEEN, SEEN_WEIGHT, on_the_path, own_walk, pixels_of, with_pixels
 from pack.nano.train_video_vae import CHANNELS
 from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
@@ -224,6 +224,20 @@ def test_the_decoder_sees_where_the_sampler_ends_and_the_clip_it_should_be():
     assert torch.allclose(latents, large[:, :, :5], atol=3e-3) and len(began) == 5  # levels begin at 0.9998
     assert (began[0] - upsample_latent(small, 12, 12, False)).abs()[:, :CHANNELS].mean() < 0.1
     assert torch.equal(pixels, pixels_of([7], 5)) and pixels.shape == (1, 3, 17, 192, 192)
+
+
+def test_where_a_walk_ends_its_pixels_count():
+    """The loss grows with the error of the decoded beginnings, and only of the clips and latents that SEEN names."""
+    clips, latents = SEEN
+    end = torch.zeros(4, 48, 13, 12, 12, requires_grad=True)
+    right = pixels_of([3, 5], latents)
+    decode = lambda x: right + x.mean(1).mean((1, 2, 3))[:, None, None, None, None] + 0.1  # noqa: E731
+    loss, numbers = with_pixels(torch.tensor(0.25), end, np.array([3, 5, 7, 9]), decode)
+    assert loss.item() == pytest.approx(0.25 + SEEN_WEIGHT * 0.01, rel=1e-4)
+    assert numbers == {"walk": 0.25, "psnr": pytest.approx(-10 * np.log10(0.01 / 4), rel=1e-4)}
+    loss.backward()
+    taught = end.grad != 0
+    assert taught[:clips, :, :latents].all() and not taught[clips:].any() and not taught[:, :, latents:].any()
 
 
 def test_a_training_clip_is_compared_with_its_own_picture():
