@@ -59,14 +59,18 @@ class Checkpoint:
     """Named tensors of one file or one sharded folder: `headers` at once, `read(name)` on demand through mmap.
 
     `read_scaled(name)` returns (tensor as stored, fp32 scale or None), of whose product `read(name)` is the value.
+    `blocks` is {name: kind} of the matrices that a .gguf file has in blocks (gguf_blocks.FORMATS), and
+    `read_blocks(name)` returns one of those as it is stored, uint8 [rows, bytes of a row].
     """
 
-    def __init__(self, path, headers, metadata, read, read_scaled=None):
+    def __init__(self, path, headers, metadata, read, read_scaled=None, *, blocks=None, read_blocks=None):
         self.path = Path(path)
         self.headers = headers
         self.metadata = metadata
         self.read = read
         self.read_scaled = read_scaled or (lambda name: (read(name), None))
+        self.blocks = blocks or {}
+        self.read_blocks = read_blocks
 
     @property
     def label(self):
@@ -175,19 +179,13 @@ def _open_files(path, files):
         starts.update(file_starts)
 
     def read(name):
-        try:
-            return _mapped(where[name], starts[name], headers[name])
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{label(where[name])}: {name} cannot be read any more ({error}). Has the file been replaced? Load it "
-                "again."
-            ) from None
+        return map_tensor(where[name], name, starts[name], headers[name])
 
     return Checkpoint(path, headers, metadata, read)
 
 
-def _mapped(path, start, header):
-    """Map one tensor of a file, copied where it is written to.
+def map_tensor(path, name, start, header):
+    """Map the tensor `name` of a file, copied where it is written to; CheckpointError where the file is gone or short.
 
     Each tensor by itself: where memory is smaller than a file, Linux refuses to map that as a whole in this way.
     """
@@ -195,9 +193,14 @@ def _mapped(path, start, header):
     if not size:
         return torch.empty(header.shape, dtype=header.dtype)
     before = start % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
-    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=before)
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=before)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{label(path)}: {name} cannot be read any more ({error}). Has the file been replaced? Load it again."
+        ) from None
     aligned = raw if start % header.dtype.itemsize == 0 else raw.clone()
     return aligned.view(header.dtype).reshape(header.shape)
 

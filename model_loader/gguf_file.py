@@ -1,21 +1,24 @@
-"""Transformers and T5Gemma as .gguf files: the header read here, blocks dequantised by `gguf`, published names."""
+"""Transformers and T5Gemma as .gguf files: header, published names, matrices in fp32 or in blocks as they lie there."""
 
 import math
 import mmap
 import re
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from .checkpoint import AGAIN, Checkpoint, CheckpointError, TensorHeader, refuse_other_kind
+from .checkpoint import AGAIN, Checkpoint, CheckpointError, TensorHeader, map_tensor, refuse_other_kind
+from .gguf_blocks import FORMATS, restore
 from .tokenizer import HEADER_KEY, definition_of_vocabulary
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What Q4_K_M, Q5_K_S and the like mix, and the older types, whose blocks of 32 fit more tensors than those of 256.
-QUANTISED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+KINDS = {  # ggml's numbers of types; those that are in neither PLAIN nor FORMATS are only called by their names
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
+    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # where the header does not say otherwise
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -37,27 +40,27 @@ IN_BLOCK = {  # llama.cpp's names of T5 encoder tensors, and of Gemma 2's for wh
 }
 OUTSIDE_BLOCKS = {"token_embd.weight": "embed_tokens.weight", "enc.output_norm.weight": "norm.weight"}
 ROOT = "model.encoder."
-PIECE = 2**20  # numbers that one thread restores at a time: small enough for its caches and for memory
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in the file: `kind` is its ggml type, a row takes `row_bytes`."""
+    """Where a tensor lies in the file: `kind` is the name of its ggml type, a row takes `row_bytes`."""
 
-    kind: int
+    kind: str
     shape: tuple[int, ...]
     start: int
     row_bytes: int
 
 
 def open_gguf(path):
-    """Open a .gguf file as a Checkpoint in published names; quantised tensors become fp32 when they are read.
+    """Open a .gguf file as a Checkpoint in published names; quantised tensors become fp32 when they are `read`.
+
+    Its `blocks` names the kind of the quantised matrices, whose bytes uint8 [rows, bytes of a row] `read_blocks` maps.
 
     Tensors that keep their published names, as a transformer's do, keep their values. Under llama.cpp's names for T5
     (`enc.blk.N.attn_q.weight`) norm weights are read as 1 + w, and 1 is taken off: llama.cpp's converters of Gemma 1 to
     3 and of T5Gemma 2 add it, and none for T5Gemma was merged, so that this is inferred. Raises CheckpointError.
     """
-    gguf = _package(path)
     if path.stat().st_size < 24:
         raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes, too short for a GGUF file. {AGAIN}")
     with path.open("rb") as file:
@@ -68,19 +71,31 @@ def open_gguf(path):
             f"{path.name}: one of {metadata['split.count']} files of a split GGUF. Merge them with llama.cpp's "
             "`llama-gguf-split --merge`, or use a single file."
         )
-    stored = {name: _locate(gguf, path, len(mapped), start, name, *info) for name, info in infos.items()}
+    stored = {name: _locate(path, len(mapped), start, name, *info) for name, info in infos.items()}
     names = _published_names(path, stored, metadata.get("general.architecture", "unknown"))
-    kinds = gguf.GGMLQuantizationType
     headers = {
-        name: TensorHeader(stored[own].shape, PLAIN.get(kinds(stored[own].kind).name, torch.float32))
-        for name, own in names.items()
+        name: TensorHeader(stored[own].shape, PLAIN.get(stored[own].kind, torch.float32)) for name, own in names.items()
     }
 
-    def read(name):
-        tensor = _read(gguf, mapped, stored[names[name]])
-        return tensor - 1 if name != names[name] and name.endswith("norm.weight") else tensor
+    def read_blocks(name):
+        tensor = stored[names[name]]
+        raw = TensorHeader((math.prod(tensor.shape[:-1]), tensor.row_bytes), torch.uint8)
+        return map_tensor(path, name, tensor.start, raw)
 
-    return Checkpoint(path, headers, _tokenizer(metadata, headers), read)
+    def read(name):
+        tensor = stored[names[name]]
+        if tensor.kind in PLAIN:
+            numbers = map_tensor(path, name, tensor.start, headers[name])
+        else:
+            numbers = restore(read_blocks(name), tensor.kind, torch.float32).reshape(tensor.shape)
+        return numbers - 1 if name != names[name] and name.endswith("norm.weight") else numbers
+
+    blocks = {n: stored[own].kind for n, own in names.items() if _in_blocks(stored[own])}
+    return Checkpoint(path, headers, _tokenizer(metadata, headers), read, blocks=blocks, read_blocks=read_blocks)
+
+
+def _in_blocks(tensor):
+    return tensor.kind in FORMATS and len(tensor.shape) == 2
 
 
 def _tokenizer(metadata, headers):
@@ -91,17 +106,6 @@ def _tokenizer(metadata, headers):
         return {}  # "llama" is how GGUF calls SentencePiece's pairs; Gemma's vocabulary is one of those
     leading_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
     return {HEADER_KEY: definition_of_vocabulary(pieces, scores, kinds, leading_space)}
-
-
-def _package(path):
-    try:
-        import gguf
-    except ImportError:
-        raise CheckpointError(
-            f"{path.name}: .gguf files are read with the package `gguf`, which is not installed. Install it with "
-            "ComfyUI's Python (`python -m pip install gguf`), or use a .safetensors file."
-        ) from None
-    return gguf
 
 
 class _Header:
@@ -168,18 +172,19 @@ def _read_header(path, mapped):
     return metadata, infos, start
 
 
-def _locate(gguf, path, size, start, name, dimensions, kind, offset):
-    kinds = {int(k): k.name for k in gguf.GGMLQuantizationType}
-    if kinds.get(kind) not in (*PLAIN, *QUANTISED):
+def _locate(path, size, start, name, dimensions, number, offset):
+    kind = KINDS.get(number, f"unknown type {number}")
+    if kind not in (*PLAIN, *FORMATS):
         raise CheckpointError(
-            f"{path.name}: {name} is stored as {kinds.get(kind, f'unknown type {kind}')}; expected "
-            f"{', '.join((*PLAIN, *QUANTISED))}. Use a file of one of these, for example Q6_K."
+            f"{path.name}: {name} is stored as {kind}; expected {', '.join((*PLAIN, *FORMATS))}. Use a file of one of "
+            "these, for example Q6_K."
         )
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    form = FORMATS.get(kind)
+    block, block_bytes = (form.numbers, form.bytes) if form else (1, PLAIN[kind].itemsize)
     shape = tuple(reversed(dimensions))
     if not shape or not math.prod(shape) or shape[-1] % block:
         raise CheckpointError(
-            f"{path.name}: {name} has shape {list(shape)}, impossible for {kinds[kind]} in blocks of {block}. {AGAIN}"
+            f"{path.name}: {name} has shape {list(shape)}, impossible for {kind} in blocks of {block}. {AGAIN}"
         )
     row_bytes = shape[-1] // block * block_bytes
     end = start + offset + math.prod(shape[:-1]) * row_bytes
@@ -216,21 +221,3 @@ def _published_names(path, stored, architecture):
             raise CheckpointError(f"{path.name}: {name} and {names[ROOT + published]} are one tensor twice. {AGAIN}")
         names[ROOT + published] = name
     return names
-
-
-def _read(gguf, mapped, stored):
-    rows = math.prod(stored.shape[:-1])
-    kind = gguf.GGMLQuantizationType(stored.kind)
-    raw = np.frombuffer(mapped, np.uint8, rows * stored.row_bytes, stored.start)
-    if kind.name in PLAIN:
-        return torch.from_numpy(raw.copy()).view(PLAIN[kind.name]).reshape(stored.shape)
-    raw, numbers = raw.reshape(rows, -1), np.empty((rows, stored.shape[-1]), np.float32)
-    step = max(1, PIECE // stored.shape[-1])
-
-    def restore(row):
-        numbers[row : row + step] = gguf.quants.dequantize(raw[row : row + step], kind)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(restore, range(0, rows, step)):
-            pass  # each result is fetched, so that an error is raised
-    return torch.from_numpy(numbers).reshape(stored.shape)

@@ -21,20 +21,20 @@ from .tokens import rotary_bands
 from .turbo_vae import TurboVAE
 
 
-def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn, fp8=None):
+def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn, quantised=None):
     """Load a transformer from a file, shard or folder; `dtype` is its linears', the rest stays fp32.
 
-    path: or an open Checkpoint; variant: as `detect.describe`; fp8: as `fill`. Raises CheckpointError.
+    path: or an open Checkpoint; variant: as `detect.describe`; quantised: as `fill`. Raises CheckpointError.
     """
-    return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations, fp8=fp8)
+    return _load(path, "dit", variant, dtype=dtype, device=device, operations=operations, quantised=quantised)
 
 
-def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn, fp8=None):
-    """Load a T5Gemma encoder from a file, shard or folder, or from an open Checkpoint; fp8: as `fill`.
+def load_text_encoder(path, *, dtype=torch.bfloat16, device="cpu", operations=nn, quantised=None):
+    """Load a T5Gemma encoder from a file, shard or folder, or from an open Checkpoint; quantised: as `fill`.
 
     Raises CheckpointError.
     """
-    return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations, fp8=fp8)
+    return _load(path, "text_encoder", dtype=dtype, device=device, operations=operations, quantised=quantised)
 
 
 def load_video_vae(path, *, dtype=torch.float32, device="cpu", operations=nn):
@@ -81,29 +81,36 @@ def linear_weights(network, config):
     return {name for name, module in linears.items() if module.weight.dtype == torch.bfloat16}
 
 
-def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operations=nn, fp8=None):
+def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operations=nn, quantised=None):
     """Build a network and give it a checkpoint's tensors: cast one at a time, never copied where dtype and device fit.
 
     Every tensor under `prefix` must have a place and every place a tensor of its shape; CheckpointError otherwise.
-    fp8: None, and every weight is turned into `dtype`; "kept", and those of linears that are fp8 in the file stay so;
-    "all", and the other linears' become float8_e4m3fn too. `operations.Linear` must load such a `weight` and, beside
-    it, `weight_scale`, fp32: one number [], or one a row [rows, 1]. Returns the network in eval mode without gradients.
+    quantised: None, and every weight is turned into `dtype`; "kept", and those of linears that are fp8 or in blocks of
+    GGUF in the file stay so; "fp8", and what is not fp8 becomes float8_e4m3fn. `operations.Linear` must load such a
+    `weight` and, beside fp8, `weight_scale`, fp32: one number [], or one a row [rows, 1]; beside blocks, uint8 [rows,
+    bytes of a row], `weight_blocks`: the letters of their kind. Returns the network in eval mode without gradients.
     """
     wanted = expected_tensors(network, config, dtype=dtype)
     places = plan(network, checkpoint, prefix, wanted)
-    may_be_fp8 = linear_weights(network, config) if fp8 else ()
+    linears = linear_weights(network, config) if quantised else ()
     state = {}
     for name, ours in places.items():
-        tensor, scale = checkpoint.read_scaled(name)
-        if fp8 == "all" and tensor.dtype not in FP8 and ours[0] in may_be_fp8:
-            (tensor, scale), columns = quantise_rows(multiplied_out(tensor, scale)), tensor.shape[1]
-            tensor = tensor[:, :columns]
-        if tensor.dtype in FP8 and ours[0] in may_be_fp8:
-            scale = torch.ones(()) if scale is None else scale
-            scales = [_one_number(part) for part in scale.expand(len(tensor), 1).chunk(len(ours))]
-            state.update(zip([f"{name}_scale" for name in ours], scales, strict=True))
+        linear = ours[0] in linears
+        if linear and quantised == "kept" and name in checkpoint.blocks:
+            tensor, kind = checkpoint.read_blocks(name), checkpoint.blocks[name]
+            letters = torch.tensor(list(kind.encode()), dtype=torch.uint8)
+            state.update({f"{part}_blocks": letters for part in ours})
         else:
-            tensor = multiplied_out(tensor, scale).to(wanted[ours[0]].dtype)
+            tensor, scale = checkpoint.read_scaled(name)
+            if linear and quantised == "fp8" and tensor.dtype not in FP8:
+                (tensor, scale), columns = quantise_rows(multiplied_out(tensor, scale)), tensor.shape[1]
+                tensor = tensor[:, :columns]
+            if linear and tensor.dtype in FP8:
+                scale = torch.ones(()) if scale is None else scale
+                scales = [_one_number(part) for part in scale.expand(len(tensor), 1).chunk(len(ours))]
+                state.update(zip([f"{part}_scale" for part in ours], scales, strict=True))
+            else:
+                tensor = multiplied_out(tensor, scale).to(wanted[ours[0]].dtype)
         tensor = tensor.to(device)
         state.update(zip(ours, tensor.chunk(len(ours)), strict=True))  # experts are rows of one tensor, not copies
     module = build(network, config, dtype=dtype, operations=operations)

@@ -12,7 +12,7 @@ import torch
 from ..model_loader.checkpoint import Checkpoint, CheckpointError
 from ..model_loader.load import load_text_encoder
 from ..model_loader.tokenizer import read_tokenizer, tokenizer_definition
-from .fp8 import fp8_operations, stays_fp8
+from .quantised import quantised_operations, stays_quantised
 
 MAX_TEXT_TOKENS = 640  # longer texts are cut after encoding, as the published pipeline does
 SMALL_ENCODER = 100_000_000  # parameters
@@ -95,9 +95,9 @@ def load_clip(path, device):
             "in the same folder. Download one from where the text encoder came from, for T5Gemma from "
             "https://huggingface.co/google/t5gemma-9b-9b-ul2."
         )
-    dtype, fp8 = weight_dtype(checkpoint), "kept" if stays_fp8(checkpoint) else None
-    operations = fp8_operations(dtype) if fp8 else comfy.ops.manual_cast
-    network = load_text_encoder(checkpoint, dtype=dtype, operations=operations, fp8=fp8)
+    dtype, quantised = weight_dtype(checkpoint), "kept" if stays_quantised(checkpoint) else None
+    operations = quantised_operations(dtype) if quantised else comfy.ops.manual_cast
+    network = load_text_encoder(checkpoint, dtype=dtype, operations=operations, quantised=quantised)
     target = comfy.supported_models_base.ClipTarget(
         tokenizer=lambda **_: PromptTokenizer(definition), clip=lambda **_: PromptEncoder(network, dtype)
     )

@@ -24,7 +24,7 @@ from ..sampler.memory import TEXT_TOKENS, activation_bytes
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 from . import padded_rows
 from .forward_options import of_forward
-from .fp8 import fp8_operations
+from .quantised import quantised_operations
 
 FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
 FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
@@ -183,18 +183,19 @@ def check_conditions(config, text, shapes, first_image):
         )
 
 
-def load_model(path, weight_dtype, variant=None, fp8=None, disable_dynamic=False):
+def load_model(path, weight_dtype, variant=None, quantised=None, disable_dynamic=False):
     """Read a DiT file or sharded folder into a MODEL (ModelPatcher) whose model knows its `variant`.
 
-    weight_dtype: of the linears, or what their fp8 weights are turned into when a layer runs. fp8: as `load.fill`, or
-    "fast", which is "all" with products in fp8.
+    weight_dtype: of the linears, or what their quantised weights are turned into when a layer runs. quantised: as
+    `load.fill`, or "fp8 fast", which is "fp8" with products in fp8.
     variant: None or the user's choice, as `detect.describe`; `disable_dynamic` is core's, for weight hooks.
     """
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
-    operations = fp8_operations(weight_dtype, fp8 == "fast") if fp8 else padded_rows.Operations
-    kept = "all" if fp8 == "fast" else fp8
-    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, fp8=kept)
+    fast = quantised == "fp8 fast"
+    operations = quantised_operations(weight_dtype, fast) if quantised else padded_rows.Operations
+    kept = "fp8" if fast else quantised
+    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, quantised=kept)
     model = HappyHorse(network, weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
@@ -205,7 +206,7 @@ def load_model(path, weight_dtype, variant=None, fp8=None, disable_dynamic=False
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant, fp8))
+    patcher.cached_patcher_init = (load_model, (path, weight_dtype, variant, quantised))
     return patcher
 
 

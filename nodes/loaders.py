@@ -7,15 +7,15 @@ from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.detect import DIT_VARIANTS
 from . import files
 from .clip import load_clip
-from .fp8 import multiplies_fp8, stays_fp8, why_not_fp8
 from .host import default_weight_dtype, load_model
 from .memory import model_remarks
 from .notice import notice
+from .quantised import kinds_of, multiplies_fp8, stays_quantised, why_not_fp8
 from .vae import load_audio, load_video
 
 CATEGORY = "HappyHorse/loaders"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FP8 = {"fp8_e4m3fn": "all", "fp8_e4m3fn_fast": "fast"}  # core's names for these choices -> `load_model`'s
+FP8 = {"fp8_e4m3fn": "fp8", "fp8_e4m3fn_fast": "fp8 fast"}  # core's names for these choices -> `load_model`'s
 
 
 def _file_input(id, part, what):
@@ -53,11 +53,11 @@ def _dtype_input():
         "weight_dtype",
         options=["default", *DTYPES, *FP8],
         default="default",
-        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: an fp8 file stays "
-        "fp8, others become bf16 on a GPU that computes in it, else fp32. bf16: doubles the memory of an fp8 file, so "
-        "that LoRAs are not rounded to fp8. fp32: doubles it again, only for comparisons. fp8_e4m3fn: half the memory "
-        "of bf16, from any file. fp8_e4m3fn_fast: multiplies in fp8 too; faster on RTX 40 and later, a little less "
-        "exact.",
+        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: an fp8 or GGUF "
+        "file stays as it is, others become bf16 on a GPU that computes in it, else fp32. bf16: doubles the memory of "
+        "an fp8 file, or more of a GGUF one, so that LoRAs are not rounded as its weights are. fp32: doubles it again, "
+        "only for comparisons. fp8_e4m3fn: half the memory of bf16, from any file. fp8_e4m3fn_fast: multiplies in fp8 "
+        "too; faster on RTX 40 and later, a little less exact.",
         advanced=True,
     )
 
@@ -88,25 +88,30 @@ def _variant_input():
 def _load_model(node, model, weight_dtype, variant):
     path = files.find(files.MODEL, model)
     dtype = DTYPES.get(weight_dtype) or default_weight_dtype()
-    fp8 = FP8.get(weight_dtype)
-    if fp8 and why_not_fp8():
+    quantised, checkpoint = FP8.get(weight_dtype), Checkpoint.open(path)
+    if quantised and why_not_fp8():
         raise ValueError(f"weight_dtype is {weight_dtype}, but {why_not_fp8()}. Choose bf16.")
-    if weight_dtype == "default" and stays_fp8(Checkpoint.open(path)):
-        fp8 = "kept"
-    loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, fp8)
-    told = f"Variant: {loaded.model.variant}. Weights: {_told(dtype, fp8, loaded.load_device)}"
+    if weight_dtype == "default" and stays_quantised(checkpoint):
+        quantised = "kept"
+    loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, quantised)
+    kinds = kinds_of(checkpoint) if quantised == "kept" else ""
+    told = f"Variant: {loaded.model.variant}. Weights: {_told(dtype, quantised, kinds, loaded.load_device)}"
     notice(node, "\n".join([told, *model_remarks(loaded)]))
     return loaded
 
 
-def _told(dtype, fp8, device):
+def _told(dtype, quantised, kinds, device):
     """Return what the linears' weights are and what computes with them, in a few words."""
     wide = "bf16" if dtype is torch.bfloat16 else "fp32"
-    if fp8 is None:
+    if quantised is None:
         return wide
-    if fp8 == "fast" and multiplies_fp8(device):
+    if kinds:
+        return f"GGUF ({kinds}), computed in {wide}"
+    if quantised == "fp8 fast" and multiplies_fp8(device):
         return "fp8, multiplied in fp8"
-    slow = "" if fp8 != "fast" else f"; inputs are rounded to fp8 for nothing, because {device} does not multiply it"
+    slow = ""
+    if quantised == "fp8 fast":
+        slow = f"; inputs are rounded to fp8 for nothing, because {device} does not multiply it"
     return f"fp8, computed in {wide}{slow}"
 
 

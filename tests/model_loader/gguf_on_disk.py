@@ -1,11 +1,10 @@
 """GGUF files as llama.cpp's tools write them: names, quantised rows, header."""
 
-from functools import partial
-
+import gguf
 import numpy as np
-import pytest
+import torch
+from pack.model_loader.gguf_blocks import quantise
 
-gguf = pytest.importorskip("gguf", reason="optional package: pip install gguf")
 KIND = gguf.GGMLQuantizationType
 LLAMA = {  # ours -> llama.cpp's, written out apart from the loader's table
     "self_attn.q_proj": "attn_q",
@@ -35,51 +34,6 @@ def llama_names(tensors):
     return renamed
 
 
-def pack_q6_k(weights):
-    """Pack [rows, 256n] fp32 as Q6_K: 16 signed scales a block of 256, 6-bit numbers around 32."""
-    sub = weights.reshape(-1, 16, 16)
-    step = np.abs(sub).max(-1) / 31
-    whole = (step.max(-1) / 127).astype(np.float16)
-    scales = np.rint(step / whole[:, None].astype(np.float32)).astype(np.int8)
-    size = whole.astype(np.float32)[:, None, None] * scales[:, :, None]
-    q = (np.rint(sub / np.where(size == 0, 1, size)).clip(-32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
-    low = np.concatenate([q[:, :, :2] & 15 | (q[:, :, 2:] & 15) << 4], -1)
-    high = q[:, :, 0] >> 4 | q[:, :, 1] >> 4 << 2 | q[:, :, 2] >> 4 << 4 | q[:, :, 3] >> 4 << 6
-    blocks = [low.reshape(-1, 128), high.reshape(-1, 64), scales.view(np.uint8), whole[:, None].view(np.uint8)]
-    return np.concatenate(blocks, -1).reshape(len(weights), -1)
-
-
-def pack_q4_k(weights, bits=4):
-    """Pack [rows, 256n] fp32 as Q4_K or Q5_K: 8 six-bit scales and minima a block of 256, 4- or 5-bit numbers."""
-    sub = weights.reshape(-1, 8, 32)
-    least = np.maximum(-sub.min(-1), 0)
-    step = (sub.max(-1) + least) / (2**bits - 1)
-    wholes = [(part.max(-1) / 63).astype(np.float16) for part in (step, least)]
-    scale, floor = (
-        np.rint(part / whole[:, None].astype(np.float32)).astype(np.uint8)
-        for part, whole in zip((step, least), wholes, strict=True)
-    )
-    size, offset = (
-        whole.astype(np.float32)[:, None, None] * part[:, :, None]
-        for part, whole in zip((scale, floor), wholes, strict=True)
-    )
-    q = np.rint((sub + offset) / np.where(size == 0, 1, size)).clip(0, 2**bits - 1).astype(np.uint8)
-    fifth = [(q >> 4 << np.arange(8, dtype=np.uint8)[:, None]).sum(1, dtype=np.uint8)] if bits == 5 else []
-    q = (q & 15).reshape(-1, 4, 2, 32)
-    packed = [
-        scale[:, :4] | scale[:, 4:] >> 4 << 6,
-        floor[:, :4] | floor[:, 4:] >> 4 << 6,
-        scale[:, 4:] & 15 | (floor[:, 4:] & 15) << 4,
-    ]
-    wholes = [whole[:, None].view(np.uint8) for whole in wholes]
-    blocks = [*wholes, *packed, *fifth, (q[:, :, 0] | q[:, :, 1] << 4).reshape(-1, 128)]
-    return np.concatenate(blocks, -1).reshape(len(weights), -1)
-
-
-# The package dequantises these but does not quantise them.
-K_QUANTS = {KIND.Q6_K: pack_q6_k, KIND.Q5_K: partial(pack_q4_k, bits=5), KIND.Q4_K: pack_q4_k}
-
-
 def kind_of(tensor, kind):
     """Return what tools store a tensor as that is to be `kind`: vectors F32, rows that its blocks do not fill F16."""
     if tensor.ndim < 2:
@@ -88,8 +42,8 @@ def kind_of(tensor, kind):
 
 
 def stored(array, kind):
-    if kind in K_QUANTS:
-        return K_QUANTS[kind](array)
+    if kind.name.endswith("_K"):  # which the package restores but does not write
+        return quantise(torch.from_numpy(array), kind.name).numpy()
     return gguf.quants.quantize(array, kind)
 
 

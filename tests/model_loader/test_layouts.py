@@ -76,7 +76,7 @@ class Host:
 def kept(tensors, config):
     """Fill a network whose linears in the blocks stay fp8; return {our name of the linear: the linear}."""
     checkpoint = as_published(Checkpoint.of_tensors(tensors))
-    network = fill("dit", config, checkpoint, dtype=torch.bfloat16, operations=Host, fp8="kept")
+    network = fill("dit", config, checkpoint, dtype=torch.bfloat16, operations=Host, quantised="kept")
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     outside = {name: linear for name, linear in linears.items() if not name.startswith("block.")}
     assert len(outside) == 5 and all(linear.weight.dtype == torch.float32 for linear in outside.values())

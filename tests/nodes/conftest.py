@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # for fp8_checks
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "model_loader")]  # fp8_checks, gguf_on_disk
 cli_args = pytest.importorskip("comfy.cli_args", reason="no ComfyUI: set COMFYUI_PATH, or `python3 run.py test`")
 cli_args.args.cpu = True
 

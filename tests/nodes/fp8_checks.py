@@ -67,6 +67,7 @@ def make_lora(network):
     register_lora_names()
     generator = torch.Generator().manual_seed(7)
     file, deltas = {}, {}
+    width, rows_of_k = network.config.hidden_size, network.config.num_query_groups * network.config.head_dim
 
     def pair(name, rows, width):
         up, down = (torch.randn(shape, generator=generator) * 0.2 for shape in ((rows, 4), (4, width)))
@@ -74,8 +75,9 @@ def make_lora(network):
         return up @ down
 
     deltas[SHARED] = pair(SHARED, *network.get_submodule(SHARED).weight.shape)
-    for expert, delta in zip(("video", "audio", "text"), pair(EXPERTS, 3 * 64, 64).chunk(3), strict=True):
+    for expert, delta in zip(("video", "audio", "text"), pair(EXPERTS, 3 * width, width).chunk(3), strict=True):
         deltas[f"{EXPERTS}.{expert}"] = delta
-    deltas[f"{ATTENTION}.linear_qkv"] = torch.zeros(132, 64)
-    deltas[f"{ATTENTION}.linear_qkv"][96:128] = pair(f"{ATTENTION}.linear_v", 32, 64)
+    fused = f"{ATTENTION}.linear_qkv"
+    deltas[fused] = torch.zeros(network.get_submodule(fused).weight.shape)
+    deltas[fused][width + rows_of_k :][:rows_of_k] = pair(f"{ATTENTION}.linear_v", rows_of_k, width)
     return file, deltas

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("style", STYLES)
 def test_it_takes_half_the_memory_and_means_the_same(fp8_files, style):
-    kept = load_model(fp8_files[style], torch.float32, fp8="kept")
+    kept = load_model(fp8_files[style], torch.float32, quantised="kept")
     network, out = kept.model.diffusion_model, load_dit(fp8_files[style], dtype=torch.float32)
     half = block_bytes(load_dit(fp8_files[style], dtype=torch.bfloat16)) / 2
     assert half < block_bytes(network) < 1.06 * half  # norms stay fp32; scales and the format's name
@@ -38,7 +38,7 @@ def test_it_takes_half_the_memory_and_means_the_same(fp8_files, style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_computed_in_bf16_it_is_as_near_as_bf16_is(fp8_files, style):
-    kept = load_model(fp8_files[style], torch.bfloat16, fp8="kept")
+    kept = load_model(fp8_files[style], torch.bfloat16, quantised="kept")
     network, out = kept.model.diffusion_model, forward(load_dit(fp8_files[style], dtype=torch.bfloat16))
     assert network.adapter.text_embedder.weight.dtype == network.final_linear_video.weight.dtype == torch.float32
     assert relative(forward(network), out) < 0.01
@@ -49,7 +49,7 @@ def test_nano_in_fp8_is_within_the_bar(tmp_path):
     nano = files.NANO_WEIGHTS / files.MODEL.nano
     convert(nano, tmp_path / "nano_dit.safetensors", "fp8")
     inputs = nano_inputs()
-    kept = load_model(tmp_path / "nano_dit.safetensors", torch.bfloat16, fp8="kept").model.diffusion_model
+    kept = load_model(tmp_path / "nano_dit.safetensors", torch.bfloat16, quantised="kept").model.diffusion_model
     assert 0 < relative(kept(*inputs), load_dit(nano)(*inputs)) < BAR
 
 
@@ -100,10 +100,10 @@ def test_where_fp8_cannot_stay_it_is_multiplied_out_and_the_log_says_why(
 
 
 @pytest.mark.parametrize(
-    ("style", "mode"), [*((style, "kept") for style in STYLES), ("ours", "fast"), ("rows", "fast")]
+    ("style", "mode"), [*((style, "kept") for style in STYLES), ("ours", "fp8 fast"), ("rows", "fp8 fast")]
 )
 def test_streamed_weights_give_the_same(fp8_files, style, mode):
-    patcher = load_model(fp8_files[style], torch.bfloat16, fp8=mode)
+    patcher = load_model(fp8_files[style], torch.bfloat16, quantised=mode)
     network = patcher.model.diffusion_model
     whole = forward(network)
     patcher.load(CPU, lowvram_model_memory=1)
@@ -116,7 +116,7 @@ def test_streamed_weights_give_the_same(fp8_files, style, mode):
 def test_seeds_are_reproducible(fp8_files, latent, prompt):
     runs = []
     for _ in range(2):
-        model = load_model(fp8_files["ours"], torch.bfloat16, fp8="kept")
+        model = load_model(fp8_files["ours"], torch.bfloat16, quantised="kept")
         runs += [Sampler.execute(model, prompt, latent, 3, 2, 5.0).args[0]["samples"].unbind() for _ in range(2)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
@@ -128,7 +128,7 @@ STRENGTH = 0.7
 def test_a_lora_is_added_to_the_weights_and_taken_off_again(fp8_files, lora, style):
     """Merged, the sum is rounded to fp8 anew, each time alike; streamed, it is added in full as the layer runs."""
     file, deltas = lora
-    model = load_model(fp8_files[style], torch.float32, fp8="kept")
+    model = load_model(fp8_files[style], torch.float32, quantised="kept")
     network, by_hand = model.model.diffusion_model, load_dit(fp8_files[style], dtype=torch.float32)
     before = forward(network)
     for layer, delta in deltas.items():

@@ -16,7 +16,7 @@ from pack.nodes.loaders import LoadModel
 def test_products_in_fp8_are_those_of_our_own_fp8_linears(fp8_files, weights, style):
     """Against `with_fp8_linears`, which quantises row by row; the sizes are no multiples of 16, so rows are padded."""
     path = weights / files.MODEL.nano if style == "wide_file" else fp8_files[style]
-    network = load_model(path, torch.bfloat16, fp8="fast").model.diffusion_model
+    network = load_model(path, torch.bfloat16, quantised="fp8 fast").model.diffusion_model
     out = forward(load_dit(path, dtype=torch.bfloat16))
     assert 0 < relative(forward(network), out) < 0.2
     weight = network.block.layers[1].attention.linear_qkv.weight
@@ -26,10 +26,10 @@ def test_products_in_fp8_are_those_of_our_own_fp8_linears(fp8_files, weights, st
         assert relative(forward(network), forward(ours)) < 1e-2
 
 
-@pytest.mark.parametrize("mode", ["all", "fast"])
+@pytest.mark.parametrize("mode", ["fp8", "fp8 fast"])
 def test_a_wide_file_becomes_fp8_in_memory(weights, mode):
     path = weights / files.MODEL.nano
-    network = load_model(path, torch.bfloat16, fp8=mode).model.diffusion_model
+    network = load_model(path, torch.bfloat16, quantised=mode).model.diffusion_model
     half = block_bytes(load_dit(path, dtype=torch.bfloat16)) / 2
     assert half < block_bytes(network) < 1.15 * half  # a scale for every row of these narrow layers, and what is padded
     assert 0 < relative(forward(network), forward(load_dit(path, dtype=torch.bfloat16))) < 0.2
@@ -38,7 +38,7 @@ def test_a_wide_file_becomes_fp8_in_memory(weights, mode):
 
 def test_nano_multiplied_in_fp8_is_near(loaded):
     nano = files.NANO_WEIGHTS / files.MODEL.nano
-    fast = load_model(nano, torch.bfloat16, fp8="fast").model.diffusion_model
+    fast = load_model(nano, torch.bfloat16, quantised="fp8 fast").model.diffusion_model
     inputs = nano_inputs()
     assert 0 < relative(fast(*inputs), load_dit(nano)(*inputs)) < BAR
 
@@ -61,7 +61,7 @@ def test_the_loader_offers_cores_names_for_fp8(loaded, monkeypatch):
 
 def test_a_lora_is_merged_into_what_is_multiplied_and_taken_off_again(fp8_files, lora):
     file, deltas = lora
-    model = load_model(fp8_files["rows"], torch.bfloat16, fp8="fast")
+    model = load_model(fp8_files["rows"], torch.bfloat16, quantised="fp8 fast")
     network, by_hand = model.model.diffusion_model, load_dit(fp8_files["rows"], dtype=torch.float32)
     before = forward(network)
     for layer, delta in deltas.items():

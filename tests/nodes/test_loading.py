@@ -6,6 +6,7 @@ import shutil
 import folder_paths
 import pytest
 import torch
+from gguf_on_disk import write
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.load import tokenizer_json
 from pack.nodes import files
@@ -56,16 +57,9 @@ def test_sharded_folders_are_listed_without_their_shards_and_load(loaded, folder
 @pytest.fixture
 def gguf_encoder(weights):
     """The tiny text encoder as a .gguf file in a folder, its configuration beside; removed afterwards."""
-    gguf = pytest.importorskip("gguf", reason="optional package: pip install gguf")
     folder = weights / "t5"
     folder.mkdir()
-    writer = gguf.GGUFWriter(folder / "tiny.gguf", "t5gemma")
-    for name, tensor in load_file(weights / files.TEXT_ENCODER.nano).items():
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(folder / "tiny.gguf", load_file(weights / files.TEXT_ENCODER.nano))
     config = json.loads(Checkpoint.open(weights / files.TEXT_ENCODER.nano).metadata["happyhorse.config"])
     (folder / "config.json").write_text(json.dumps({"encoder": config}))
     yield folder / "tiny.gguf"
@@ -87,15 +81,8 @@ def test_a_gguf_text_encoder_is_listed_but_not_as_a_vae_and_loads(loaded, weight
 
 @pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn"])
 def test_a_gguf_transformer_is_listed_but_not_as_a_vae_and_loads(loaded, weights, weight_dtype):
-    gguf = pytest.importorskip("gguf", reason="optional package: pip install gguf")
     name = "tiny_distill.gguf"
-    writer = gguf.GGUFWriter(weights / name, "magihuman")
-    for key, tensor in load_file(weights / files.MODEL.nano).items():
-        writer.add_tensor(key, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(weights / name, load_file(weights / files.MODEL.nano), architecture="magihuman")
     try:
         assert files.choices(files.MODEL) == [files.MODEL.nano, name]
         assert files.choices(files.AUDIO_VAE) == [files.AUDIO_VAE.nano]

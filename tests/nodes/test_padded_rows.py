@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pack.nodes import padded_rows
-from pack.nodes.fp8 import fp8_operations
+from pack.nodes.quantised import quantised_operations
 
 WIDE = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
 X = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
@@ -41,7 +41,7 @@ def test_what_is_added_to_a_weight_as_it_runs_counts(linear):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_fp8_linears_take_such_rows(fast):
-    operations = fp8_operations(torch.bfloat16, fast)
+    operations = quantised_operations(torch.bfloat16, fast)
     assert operations.TAKES_PADDED_ROWS
     linear = operations.Linear(20, 6, False, dtype=torch.bfloat16, device=None)
     scale = WIDE.abs().amax(1, keepdim=True) / 448

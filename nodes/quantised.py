@@ -1,7 +1,8 @@
-"""Networks whose weights are fp8 in memory: ComfyUI core's quantised linears, dequantised a layer at a time or not."""
+"""Networks with fp8 or GGUF weights in memory: ComfyUI core's quantised linears, a layer at a time restored or not."""
 
 import json
 import logging
+from collections import Counter
 
 import comfy.model_management
 import comfy.ops
@@ -17,26 +18,38 @@ from ..model_loader.layouts import holds_fp8
 from .padded_rows import PaddedRows
 
 
-def why_not_fp8():
-    """Return why weights cannot be fp8 in memory here, or None."""
-    device = comfy.model_management.get_torch_device()
-    if not comfy.model_management.supports_cast(device, FP8):
-        return f"{device} does not know fp8"
+def _why_not_quantised():
+    """Return why weights cannot be quantised in memory here, or None."""
     if not issubclass(comfy.quant_ops.QuantizedTensor, torch.Tensor):  # core's stand-in
         return "comfy-kitchen is missing (install ComfyUI's requirements.txt)"
     return None
 
 
-def stays_fp8(checkpoint):
-    """Tell whether the weights of an open Checkpoint are fp8 and can stay so; where they cannot, the log says why."""
-    if not holds_fp8(checkpoint):
+def why_not_fp8():
+    """Return why weights cannot be fp8 in memory here, or None."""
+    device = comfy.model_management.get_torch_device()
+    if not comfy.model_management.supports_cast(device, FP8):
+        return f"{device} does not know fp8"
+    return _why_not_quantised()
+
+
+def stays_quantised(checkpoint):
+    """Tell whether an open Checkpoint's weights are fp8 or blocks of GGUF and can stay so; if not, the log says why."""
+    if checkpoint.blocks:
+        what, fault = "GGUF", _why_not_quantised()
+    elif holds_fp8(checkpoint):
+        what, fault = "fp8", why_not_fp8()
+    else:
         return False
-    fault = why_not_fp8()
     if fault:
-        logging.warning(
-            "%s: its fp8 weights do not stay fp8 and take more memory, because %s.", checkpoint.label, fault
-        )
+        told = "%s: its %s weights do not stay %s and take more memory, because %s."
+        logging.warning(told, checkpoint.label, what, what, fault)
     return fault is None
+
+
+def kinds_of(checkpoint):
+    """Return the kinds of GGUF blocks in an open Checkpoint, the most frequent first: "Q4_K, Q6_K"."""
+    return ", ".join(kind for kind, _ in Counter(checkpoint.blocks.values()).most_common())
 
 
 def multiplies_fp8(device):
@@ -44,8 +57,8 @@ def multiplies_fp8(device):
     return device.type == "cuda" and torch.version.hip is None and capability(device) >= FP8_CAPABILITY
 
 
-def fp8_operations(compute_dtype, fast=False):
-    """Return operations like comfy.ops.manual_cast whose Linears in `compute_dtype` load what `load.fill` has in fp8.
+def quantised_operations(compute_dtype, fast=False):
+    """Return operations like comfy.ops.manual_cast whose Linears in `compute_dtype` load what `load.fill` keeps so.
 
     The weights are core's QuantizedTensor, so that its offload, weight streaming and LoRA know them. They are turned
     into the input's dtype when a layer runs; or, where `fast`, multiplied as fp8 with inputs quantised row by row. That
@@ -53,14 +66,19 @@ def fp8_operations(compute_dtype, fast=False):
     that are multiples of 16: a sixth of the full-size model's work.
     """
     from .fp8_rows import PaddedRowScaledFP8, RowScaledFP8, use_row_scales
+    from .gguf_blocks import use_blocks
 
     core = comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype, full_precision_mm=True)
 
-    class Fp8Linear(PaddedRows, core.Linear):
+    class QuantisedLinear(PaddedRows, core.Linear):
         def __init__(self, in_features, out_features, bias):
             super().__init__(in_features, out_features, bias)  # no device: core would bring the loaded weight there
 
         def _load_from_state_dict(self, state_dict, prefix, *args):
+            letters = state_dict.pop(f"{prefix}weight_blocks", None)
+            if letters is not None:  # core knows no blocks; there is no bias beside them
+                use_blocks(self, state_dict.pop(f"{prefix}weight"), bytes(letters.tolist()).decode(), compute_dtype)
+                return
             weight, scale = state_dict[f"{prefix}weight"], state_dict.get(f"{prefix}weight_scale")
             if fast and scale is not None and weight.dtype != FP8:  # e5m2
                 rows = quantise_rows(weight.float() * scale)
@@ -73,7 +91,7 @@ def fp8_operations(compute_dtype, fast=False):
             if scale is not None and (scale.ndim or fast):
                 use_row_scales(self, PaddedRowScaledFP8 if fast else RowScaledFP8)
 
-    class FastLinear(Fp8Linear):
+    class FastLinear(QuantisedLinear):
         def forward(self, x):
             if not isinstance(self.weight, comfy.quant_ops.QuantizedTensor):  # one that the file has wide
                 return super().forward(x)
@@ -93,7 +111,7 @@ def fp8_operations(compute_dtype, fast=False):
 
     def choose(in_features, out_features, bias=True, *, dtype, device):
         if dtype == compute_dtype:
-            return (FastLinear if fast else Fp8Linear)(in_features, out_features, bias)
+            return (FastLinear if fast else QuantisedLinear)(in_features, out_features, bias)
         return comfy.ops.manual_cast.Linear(in_features, out_features, bias, dtype=dtype, device=device)
 
     class Operations(comfy.ops.manual_cast):
