@@ -13,8 +13,10 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_ENDINGS = (".weight.__fp8_scale", ".scale_weight", ".weight_scale")
 # What else such files hold beside their weights; activations are not quantised here.
 NOT_WEIGHTS = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_input|input_scale)")
+# WanGP's experts end in `_video`, those of a model that ComfyUI's own nodes have saved in `.video`.
 SPLIT = re.compile(
-    rf"(.+\.(?:attention|mlp))\.(linear_[qkvg]|linear_proj|up_gate_proj|down_proj)(?:_({'|'.join(MODALITIES)}))?\.weight"
+    r"(.+\.(?:attention|mlp))\.(linear_[qkvg]|linear_qkv|linear_proj|up_gate_proj|down_proj)"
+    rf"([_.](?:{'|'.join(MODALITIES)}))?\.weight"
 )
 # Rows of the published linear_qkv, in order. WanGP's network runs the four apart: their names tell which is which.
 QKV = ("linear_q", "linear_k", "linear_v", "linear_g")
@@ -41,7 +43,20 @@ def multiplied_out(tensor, scale):
     return tensor if scale is None else tensor.float().mul_(scale)
 
 
+def _refuse_other_formats(checkpoint):
+    """Raise CheckpointError for ComfyUI's quantised formats but fp8: nvfp4, int8, and blocks of GGUF that it saved."""
+    for name, header in checkpoint.headers.items():
+        form = f"{name.removesuffix('weight')}comfy_quant"
+        if header.dtype in (torch.uint8, torch.int8) and name.endswith(".weight") and form in checkpoint.headers:
+            told = bytes(checkpoint.read(form).tolist()).decode(errors="replace")
+            raise CheckpointError(
+                f"{checkpoint.label}: {name} is quantised as {told}; of ComfyUI's formats only fp8 is read. Use an "
+                "fp8, bf16 or .gguf file of the same model, or save it again from one loaded with weight_dtype bf16."
+            )
+
+
 def _with_scales(checkpoint):
+    _refuse_other_formats(checkpoint)
     scales = {}
     for name, header in checkpoint.headers.items():
         ending = next((ending for ending in SCALE_ENDINGS if name.endswith(ending)), None)
@@ -144,10 +159,10 @@ def _joined(parts):
 
 
 def _rows_in_order(checkpoint, published, names):
-    found = {SPLIT.fullmatch(name)[3] for name in names}
-    experts = [""] if found == {None} else [f"_{modality}" for modality in MODALITIES]
+    _, part, ending = SPLIT.fullmatch(min(names)).groups()
+    experts = [f"{ending[0]}{modality}" for modality in MODALITIES] if ending else [""]
     owner, linear, _ = published.rsplit(".", 2)
-    linears = QKV if linear == "linear_qkv" else (linear,)
+    linears = QKV if part in QKV else (linear,)
     wanted = [f"{owner}.{part}{expert}.weight" for expert in experts for part in linears]
     faults = [name for name in wanted if name not in names] or sorted(names.difference(wanted))
     if faults or published in checkpoint.headers:

@@ -10,8 +10,10 @@ import comfy.quant_ops
 import comfy.sd
 import pytest
 import torch
+from comfy_extras.nodes_model_merging import save_checkpoint
 from fp8_checks import block_bytes, forward, make_lora, relative
 from gguf_on_disk import write
+from pack.model_loader.checkpoint import CheckpointError
 from pack.model_loader.dit import DiT
 from pack.model_loader.load import load_dit, load_text_encoder, published_tensors
 from pack.model_loader.text_encoder import TextEncoder
@@ -125,6 +127,21 @@ def test_the_loader_keeps_blocks_unless_told_otherwise_and_says_so(loaded, liste
     assert sizes["default"] < 0.8 * sizes["bf16"] and sizes["fp8_e4m3fn"] < 0.6 * sizes["bf16"]
     ends = ("Weights: GGUF (Q6_K), computed in fp32", "Weights: bf16", "Weights: fp8, computed in fp32")
     assert all(message.endswith(end) for message, end in zip(told, ends, strict=True))
+
+
+def test_what_comfyui_saves_of_it_is_refused_with_what_to_do(loaded, listed, weights):
+    try:
+        save_checkpoint(
+            LoadModel.execute(listed, "default").args[0], filename_prefix="distill_saved", output_dir=str(weights)
+        )
+        (saved,) = (path.name for path in weights.glob("distill_saved*"))
+        with pytest.raises(
+            CheckpointError, match=f"{saved}: .* is quantised as .*HappyHorseGgufQ6_K.*weight_dtype bf16"
+        ):
+            LoadModel.execute(saved, "default")
+    finally:
+        for path in weights.glob("distill_saved*"):
+            path.unlink()
 
 
 def test_without_comfy_kitchen_blocks_are_multiplied_out_and_the_log_says_why(loaded, listed, monkeypatch, caplog):

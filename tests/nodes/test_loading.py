@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import comfy.sd
 import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_model_merging import save_checkpoint
+from fp8_checks import forward
 from gguf_on_disk import write
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.load import tokenizer_json
@@ -91,6 +94,28 @@ def test_a_gguf_transformer_is_listed_but_not_as_a_vae_and_loads(loaded, weights
         assert found.keys() == meant.keys() and all(torch.equal(found[key], meant[key]) for key in meant)
     finally:
         (weights / name).unlink()
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn"])
+def test_a_model_that_comfyui_saved_loads_again_with_its_lora(loaded, weights, lora, weight_dtype):
+    """Core's node "Save Model" writes our names, in which experts are apart."""
+    model = LoadModel.execute(files.MODEL.nano, weight_dtype).args[0]
+    if weight_dtype == "fp32":
+        model, _ = comfy.sd.load_lora_for_models(model, None, lora[0], 0.5, 0.0)
+    try:
+        save_checkpoint(model, filename_prefix="merged_distill", output_dir=str(weights))
+        (saved,) = (name for name in files.choices(files.MODEL) if name.startswith("merged_distill"))
+        again = LoadModel.execute(saved, "default").args[0]
+        assert again.model.variant == "distill" and again.model_size() == model.model_size()
+        model.patch_model()
+        for found, meant in zip(
+            forward(again.model.diffusion_model), forward(model.model.diffusion_model), strict=True
+        ):
+            torch.testing.assert_close(found, meant, atol=1e-5, rtol=1e-5)
+        model.unpatch_model()
+    finally:
+        for path in weights.glob("merged_distill*"):
+            path.unlink()
 
 
 @pytest.mark.parametrize(
