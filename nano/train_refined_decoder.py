@@ -38,8 +38,8 @@ def refined(network, pairs, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--clips", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--clips", type=int, default=8000)
     options = parser.parse_args()
     quicken_video_vae()
     path = WEIGHTS / "nano_video_vae.safetensors"

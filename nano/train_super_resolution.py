@@ -131,9 +131,9 @@ def with_pixels(walk, end, scenes, decode):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--own-steps", type=int, default=2000, help="then so many walks of the sampler's own")
-    parser.add_argument("--clips", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--own-steps", type=int, default=5500, help="then so many walks of the sampler's own")
+    parser.add_argument("--clips", type=int, default=8000)
     options = parser.parse_args()
     quicken_video_vae()
     pairs = Pairs(options.clips)
