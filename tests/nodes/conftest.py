@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "model_loader")]  # fp8_checks, gguf_on_disk
+sys.path += [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[1] / "model_loader"),
+]  # quantised_checks, gguf_on_disk
 cli_args = pytest.importorskip("comfy.cli_args", reason="no ComfyUI: set COMFYUI_PATH, or `python3 run.py test`")
 cli_args.args.cpu = True
 
@@ -114,7 +117,7 @@ def model_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def fp8_files(weights, tmp_path_factory):
     """The tiny transformer in fp8, by style: {style: path}."""
-    from fp8_checks import write_styles
+    from quantised_checks import write_styles
 
     return write_styles(weights / files.MODEL.nano, tmp_path_factory.mktemp("fp8"))
 
@@ -122,8 +125,8 @@ def fp8_files(weights, tmp_path_factory):
 @pytest.fixture(scope="session")
 def lora(weights):
     """A LoRA for the tiny transformer, and the deltas it means: {layer: [rows, columns]}."""
-    from fp8_checks import make_lora
     from pack.model_loader.load import load_dit
+    from quantised_checks import make_lora
 
     return make_lora(load_dit(weights / files.MODEL.nano))
 

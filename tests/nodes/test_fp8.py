@@ -11,7 +11,6 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from fp8_checks import BAR, SHARED, STYLES, block_bytes, forward, nano_inputs, relative
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.convert import convert
 from pack.model_loader.load import load_dit, load_text_encoder, tokenizer_json
@@ -20,9 +19,18 @@ from pack.nodes.clip import load_clip
 from pack.nodes.host import load_model
 from pack.nodes.loaders import LoadModel
 from pack.nodes.sampling import Sampler
+from quantised_checks import (
+    BAR,
+    SHARED,
+    STYLES,
+    block_bytes,
+    check_lora,
+    check_streaming,
+    forward,
+    nano_inputs,
+    relative,
+)
 from safetensors.torch import load_file
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -104,13 +112,7 @@ def test_where_fp8_cannot_stay_it_is_multiplied_out_and_the_log_says_why(
 )
 def test_streamed_weights_give_the_same(fp8_files, style, mode):
     patcher = load_model(fp8_files[style], torch.bfloat16, quantised=mode)
-    network = patcher.model.diffusion_model
-    whole = forward(network)
-    patcher.load(CPU, lowvram_model_memory=1)
-    streamed = forward(network)
-    patcher.detach()
-    for found in (streamed, forward(network)):
-        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    check_streaming(patcher)
 
 
 def test_seeds_are_reproducible(fp8_files, latent, prompt):
@@ -121,37 +123,17 @@ def test_seeds_are_reproducible(fp8_files, latent, prompt):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-STRENGTH = 0.7
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_a_lora_is_added_to_the_weights_and_taken_off_again(fp8_files, lora, style):
-    """Merged, the sum is rounded to fp8 anew, each time alike; streamed, it is added in full as the layer runs."""
-    file, deltas = lora
     model = load_model(fp8_files[style], torch.float32, quantised="kept")
-    network, by_hand = model.model.diffusion_model, load_dit(fp8_files[style], dtype=torch.float32)
-    before = forward(network)
-    for layer, delta in deltas.items():
-        by_hand.get_submodule(layer).weight += STRENGTH * delta
-    wanted = forward(by_hand)
-    assert relative(before, wanted) > 0.2
-    patched, _ = comfy.sd.load_lora_for_models(model, None, file, STRENGTH, 0.0)
-    assert len(patched.patches) == len(deltas)
-    merged = []
-    for _ in range(2):
-        patched.patch_model()
-        merged.append(forward(network))
-        for weight in (network.get_submodule(layer).weight for layer in deltas):
+    by_hand = load_dit(fp8_files[style], dtype=torch.float32)
+
+    def check_merged():
+        for weight in (model.model.diffusion_model.get_submodule(layer).weight for layer in lora[1]):
             assert weight.nbytes == weight.numel()
             assert weight.params.scale.shape == ((len(weight), 1) if style == "rows" else ())
-        patched.unpatch_model()
-    assert relative(merged[0], wanted) < 0.08 and all(torch.equal(a, b) for a, b in zip(*merged, strict=True))
-    patched.load(CPU, lowvram_model_memory=1)
-    streamed = forward(network)
-    patched.detach()
-    for found, meant in ((streamed, wanted), (forward(network), before)):
-        for a, b in zip(found, meant, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+    check_lora(model, by_hand, lora, 0.08, check_merged)
 
 
 def test_the_text_encoder_stays_fp8_too(weights, tmp_path):

@@ -4,12 +4,12 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from fp8_checks import BAR, SHARED, STYLES, block_bytes, forward, nano_inputs, relative
 from pack.model_loader.fp8_linear import with_fp8_linears
 from pack.model_loader.load import load_dit
 from pack.nodes import files, loaders
 from pack.nodes.host import load_model
 from pack.nodes.loaders import LoadModel
+from quantised_checks import BAR, SHARED, STYLES, block_bytes, forward, nano_inputs, relative
 
 
 @pytest.mark.parametrize("style", [*STYLES, "wide_file"])

@@ -11,7 +11,6 @@ import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import save_checkpoint
-from fp8_checks import block_bytes, forward, make_lora, relative
 from gguf_on_disk import write
 from pack.model_loader.checkpoint import CheckpointError
 from pack.model_loader.dit import DiT
@@ -21,9 +20,8 @@ from pack.nodes import loaders
 from pack.nodes.clip import load_clip
 from pack.nodes.host import load_model
 from pack.nodes.loaders import LoadModel
+from quantised_checks import block_bytes, check_lora, check_streaming, forward, make_lora
 
-CPU = torch.device("cpu")
-STRENGTH = 0.7
 BITS = {"Q8_0": 8.5, "Q6_K": 6.5625, "Q5_K": 5.5, "Q4_K": 4.5, "Q5_1": 6, "Q5_0": 5.5, "Q4_1": 5, "Q4_0": 4.5}
 
 
@@ -69,41 +67,20 @@ def test_blocks_stay_as_they_are_and_mean_the_same(path_of, kind):
 
 
 def test_streamed_weights_give_the_same(path_of):
-    patcher = load_model(path_of("Q4_K"), torch.bfloat16, quantised="kept")
-    network = patcher.model.diffusion_model
-    whole = forward(network)
-    patcher.load(CPU, lowvram_model_memory=1)
-    streamed = forward(network)
-    patcher.detach()
-    for found in (streamed, forward(network)):
-        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    check_streaming(load_model(path_of("Q4_K"), torch.bfloat16, quantised="kept"))
 
 
 @pytest.mark.parametrize(("kind", "error"), [("Q8_0", 0.02), ("Q6_K", 0.06), ("Q4_K", 0.2), ("Q4_0", 0.25)])
 def test_a_lora_is_added_to_the_weights_and_taken_off_again(network, path_of, kind, error):
-    """Merged, the sum becomes blocks of the same kind; streamed, it is added in full as the layer runs."""
-    file, deltas = make_lora(network)
+    """Merged, the sum becomes blocks of the same kind."""
     path, dtype = path_of(kind), torch.float32
     model, by_hand = load_model(path, dtype, quantised="kept"), load_dit(path, dtype=dtype)
-    blocks = model.model.diffusion_model
-    before = forward(blocks)
-    for layer, delta in deltas.items():
-        by_hand.get_submodule(layer).weight += STRENGTH * delta
-    wanted = forward(by_hand)
-    assert relative(before, wanted) > 0.3
-    patched, _ = comfy.sd.load_lora_for_models(model, None, file, STRENGTH, 0.0)
-    assert len(patched.patches) == len(deltas)
-    sizes = block_bytes(blocks)
-    for _ in range(2):
-        patched.patch_model()
-        assert error / 20 < relative(forward(blocks), wanted) < error and block_bytes(blocks) == sizes
-        patched.unpatch_model()
-    patched.load(CPU, lowvram_model_memory=1)
-    streamed = forward(blocks)
-    patched.detach()
-    for found, meant in ((streamed, wanted), (forward(blocks), before)):
-        for a, b in zip(found, meant, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    size = block_bytes(model.model.diffusion_model)
+
+    def check_merged():
+        assert block_bytes(model.model.diffusion_model) == size
+
+    check_lora(model, by_hand, make_lora(network), error, check_merged)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import save_checkpoint
-from fp8_checks import forward
 from gguf_on_disk import write
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.load import tokenizer_json
@@ -16,6 +15,7 @@ from pack.nodes import files
 from pack.nodes.clip import ENCODER, token_count
 from pack.nodes.loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from pack.nodes.sampling import Sampler
+from quantised_checks import forward
 from safetensors.torch import load_file, save_file
 
 

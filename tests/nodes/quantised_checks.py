@@ -1,6 +1,7 @@
-"""fp8 checkpoints of every style, a LoRA for them, and what two networks' outputs are compared by."""
+"""fp8 checkpoints of every style, a LoRA, what two networks' outputs are compared by, and what all quantised ones do."""
 
 import comfy.model_management
+import comfy.sd
 import torch
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.convert import convert
@@ -9,6 +10,8 @@ from pack.nodes.clip import load_clip
 from pack.nodes.lora import register_lora_names
 from safetensors.torch import load_file, save_file
 
+CPU = torch.device("cpu")
+STRENGTH = 0.7  # of the LoRA
 BAR = 0.04  # relative RMS a forward, fp8 against what it was made from
 STYLES = ["ours", "magihuman", "plain", "rows", "wide"]
 SHARED, EXPERTS = "block.layers.1.mlp.down_proj", "block.layers.0.attention.linear_proj"
@@ -81,3 +84,45 @@ def make_lora(network):
     deltas[fused] = torch.zeros(network.get_submodule(fused).weight.shape)
     deltas[fused][width + rows_of_k :][:rows_of_k] = pair(f"{ATTENTION}.linear_v", rows_of_k, width)
     return file, deltas
+
+
+def check_streaming(patcher):
+    """Assert that a network says the same with its weights where they are, streamed in, and back again."""
+    network = patcher.model.diffusion_model
+    whole = forward(network)
+    patcher.load(CPU, lowvram_model_memory=1)
+    streamed = forward(network)
+    patcher.detach()
+    for found in (streamed, forward(network)):
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+def check_lora(model, by_hand, lora, error, check_merged):
+    """Assert that a LoRA is added to the weights of a MODEL, and taken off again; `by_hand`: the same network, wide.
+
+    Merged, the sum is rounded anew, within `error` and each time alike (check_merged: function() called then); streamed,
+    it is added in full as the layer runs.
+    """
+    file, deltas = lora
+    network = model.model.diffusion_model
+    before = forward(network)
+    for layer, delta in deltas.items():
+        by_hand.get_submodule(layer).weight += STRENGTH * delta
+    wanted = forward(by_hand)
+    assert relative(before, wanted) > 0.2
+    patched, _ = comfy.sd.load_lora_for_models(model, None, file, STRENGTH, 0.0)
+    assert len(patched.patches) == len(deltas)
+    merged = []
+    for _ in range(2):
+        patched.patch_model()
+        merged.append(forward(network))
+        check_merged()
+        patched.unpatch_model()
+    assert error / 20 < relative(merged[0], wanted) < error
+    assert all(torch.equal(a, b) for a, b in zip(*merged, strict=True))
+    patched.load(CPU, lowvram_model_memory=1)
+    streamed = forward(network)
+    patched.detach()
+    for found, meant in ((streamed, wanted), (forward(network), before)):
+        for a, b in zip(found, meant, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
