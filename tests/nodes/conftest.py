@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path += [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1] / "model_loader"),
-]  # quantised_checks, gguf_on_disk
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "model_loader")]  # for quantised_checks and gguf_on_disk
 cli_args = pytest.importorskip("comfy.cli_args", reason="no ComfyUI: set COMFYUI_PATH, or `python3 run.py test`")
 cli_args.args.cpu = True
 

@@ -1,4 +1,4 @@
-"""fp8 checkpoints of every style, a LoRA, what two networks' outputs are compared by, and what all quantised ones do."""
+"""fp8 checkpoints of every style, a LoRA, what two networks are compared by, and what every quantised one does."""
 
 import comfy.model_management
 import comfy.sd
@@ -100,8 +100,8 @@ def check_streaming(patcher):
 def check_lora(model, by_hand, lora, error, check_merged):
     """Assert that a LoRA is added to the weights of a MODEL, and taken off again; `by_hand`: the same network, wide.
 
-    Merged, the sum is rounded anew, within `error` and each time alike (check_merged: function() called then); streamed,
-    it is added in full as the layer runs.
+    Merged, the sum is rounded anew, within `error` and each time alike, and `check_merged()` is called; streamed, it is
+    added in full as the layer runs.
     """
     file, deltas = lora
     network = model.model.diffusion_model
