@@ -10,6 +10,7 @@ from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.config import T5GEMMA_9B
 from pack.model_loader.convert import convert
 from pack.model_loader.detect import describe
+from pack.model_loader.gguf_file import KINDS
 from pack.model_loader.load import expected_tensors, load_text_encoder, plan, published_tensors, tokenizer_json
 from pack.model_loader.text_encoder import TextEncoder
 from pack.model_loader.tokenizer import read_tokenizer
@@ -158,6 +159,10 @@ def test_other_models_are_refused(tmp_path, encoder):
 def test_part_of_a_split_file_is_refused(tmp_path, encoder):
     path = write(tmp_path / "t5-00001-of-00002.gguf", tensors_of(encoder), split_count=2)
     assert "one of 2 files of a split GGUF" in refusal(path)
+
+
+def test_types_have_the_numbers_and_names_of_the_package():
+    assert {number: KIND(number).name for number in KINDS} == KINDS
 
 
 def test_the_package_gguf_is_not_needed(tmp_path, encoder, monkeypatch):
