@@ -79,11 +79,10 @@ class VideoVAE(nn.Module):
         Exact, because the decoder is causal: between steps each convolution keeps the last two frames that it saw.
         """
         mean, inverse_std = self.statistics(latent.device)
-        z = self.vae.conv2(latent.to(self.dtype) / inverse_std + mean)
         unpatchify, count = (core_class("comfy.ldm.wan.vae2_2", name) for name in ("unpatchify", "count_conv3d"))
         kept = [None] * count(self.vae.decoder)
-        for t in range(z.shape[2]):
-            frame = z[:, :, t : t + 1]
+        for t in range(latent.shape[2]):
+            frame = self.vae.conv2(latent[:, :, t : t + 1].to(self.dtype) / inverse_std + mean)
             yield unpatchify(self.vae.decoder(frame, feat_cache=kept, feat_idx=[0], first_chunk=t == 0), 2)
 
     def statistics(self, device):

@@ -15,16 +15,16 @@ from ..model_loader.load import load_dit, load_video_vae
 from ..sampler.denoise import denoise_unipc
 from ..sampler.schedule import flow_sigmas
 from ..sampler.super_resolution import STEPS, start_super_resolution
-from .train_super_resolution import OWN_START, Pairs, pixels_of
+from .train_super_resolution import OWN_START, Pairs, decode_window, draw_window, pixels_of
 from .train_video_vae import CLIPS, LARGE_CLIPS, batch, distance, psnr, save, with_noise
 from .training import WEIGHTS, bf16_matmuls, plain_attention, quicken_video_vae, train
 
-LATENTS = 5  # of a refined clip that are decoded: 17 frames
+WINDOW = 5  # latents of a clip that are decoded: 17 frames where it begins
 
 
 @torch.no_grad()
 def refined(network, pairs, rng):
-    """Return (latents [1,48,5,12,12] where the sampler ends, pixels [1,3,17,192,192] in [-1,1]) of a training clip."""
+    """Return (latent [1,48,13,12,12] where the sampler ends, a window of it, its true pixels) of a training clip."""
     small, large, audio, text, scenes = pairs.draw(rng, 1)
     start, heard = start_super_resolution(small, audio, *large.shape[-2:], torch.randn_like, **OWN_START)
 
@@ -33,7 +33,18 @@ def refined(network, pairs, rng):
             return network(x, heard, text, attention=plain_attention)
 
     end, _ = denoise_unipc(velocity, start, heard, flow_sigmas(STEPS), keep_audio=True)
-    return end[:, :, :LATENTS], pixels_of(scenes, LATENTS)
+    window = draw_window(rng, WINDOW)
+    return end, window, pixels_of(scenes[0], window)
+
+
+def lesson(step, whole, network, pairs):
+    """Return the name of a step's kind, a latent, a window of it and the pixels there: every other step is refined."""
+    if step % 2:
+        return "refined", *refined(network, pairs, np.random.default_rng((92, step)))
+    (frames, size), scale, name = (CLIPS, 1, "96") if step % 4 else (LARGE_CLIPS, 2, "192")
+    pixels = batch(4 * 10**6 + step, size, frames, scale)
+    with torch.no_grad(), bf16_matmuls():
+        return name, with_noise(whole.encode(pixels)), range(WINDOW), pixels
 
 
 def main():
@@ -48,19 +59,9 @@ def main():
     whole.requires_grad_(False)
     whole.vae.decoder.requires_grad_(True)
 
-    def lesson(step):
-        """Return the name of a step's kind, latents and the pixels they should give: every other step is refined."""
-        if step % 2:
-            return "refined", *refined(network, pairs, np.random.default_rng((92, step)))
-        (frames, size), scale, name = (CLIPS, 1, "96") if step % 4 else (LARGE_CLIPS, 2, "192")
-        pixels = batch(4 * 10**6 + step, size, frames, scale)
-        with torch.no_grad(), bf16_matmuls():
-            return name, with_noise(whole.encode(pixels)), pixels
-
     def loss_of_step(step):
-        name, latents, pixels = lesson(step)
-        with bf16_matmuls():
-            result = whole.decode_raw(latents)
+        name, latent, window, pixels = lesson(step, whole, network, pairs)
+        result = decode_window(whole, latent, window)
         return distance(result, pixels), {f"psnr_{name}": psnr(result.detach(), pixels)}
 
     refit = {"steps": options.steps, "peak_rate": 1.5e-4, "ema": 0.995, "save_every": 50}

@@ -5,8 +5,8 @@
 It walks a straight path: at noise level 1 stands what the sampler starts from (`start_super_resolution`), at 0 the
 latent of the large clip. Both come from the video VAE, so train that first. Then it learns from its own mistakes: the
 sampler itself walks, and at each of its steps, wherever the last ones led, the large clip is where to go. An error of
-the latent counts as much as the pixels that it moves, on average (nano/pixel_metric.py), and where a walk ends the
-beginning of the clip is decoded and compared with the picture itself.
+the latent counts as much as the pixels that it moves, on average (nano/pixel_metric.py), and where a walk ends a
+window of the clip is decoded and compared with the picture itself.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from ..sampler.denoise import denoise_unipc
 from ..sampler.schedule import flow_sigmas
 from ..sampler.super_resolution import AUDIO_NOISE_SHARE, NOISE_LEVEL, STEPS, noised_latent, upsample_latent
 from . import world
-from .latents import encode_clips, encode_prompts, scene_of
+from .latents import LATENTS, encode_clips, encode_prompts, scene_of
 from .pixel_metric import nano_metric, weighted_square
 from .train_dit import draw_mode, initialise, to_bf16_linears
 from .train_video_vae import CHANNELS
 from .training import WEIGHTS, bf16_matmuls, plain_attention, quicken_video_vae, train
 
 CONFIG = DiTConfig(
-    num_layers=4,
+    num_layers=6,
     hidden_size=128,
     head_dim=32,
-    num_query_groups=1,
+    num_query_groups=2,
     video_in_channels=192,
     audio_in_channels=64,
     text_in_channels=96,
-    expert_layers=(0,),
+    expert_layers=(),
     gelu7_layers=(0,),
-    local_attention_layers=(1, 2),
+    local_attention_layers=(1, 2, 3, 4),
     frame_receptive_field=2,
     positions="v1",
 )
@@ -48,7 +48,8 @@ BATCH, OWN_BATCH = 8, 4  # clips a step; a step of the second kind is a whole wa
 # channels; corners that are not aligned put each cell of the small latent under one patch of the large one.
 OWN_START = {"noise_level": 5, "align_corners": False}
 OWN_LEVELS, OWN_SHARE = 20, 0.9  # trained at levels up to this one; the other batches start as published
-SEEN, SEEN_WEIGHT = (2, 3), 50.0  # clips, and latents of each, that are decoded where a walk ends; weight of the pixels
+SEEN, SEEN_WEIGHT = (2, 3), 80.0  # clips, and latents of each, that are decoded where a walk ends; weight of the pixels
+CONTEXT = 3  # latents before a window that are decoded for what the decoder remembers: within 40 dB of the whole clip
 
 
 class Pairs:
@@ -111,21 +112,44 @@ def own_walk(velocity, start, heard, large, image_given, metric):
     return torch.stack(losses).mean(), with_first_image(ends[-1], image)
 
 
-def pixels_of(scenes, latents):
-    """Return pixels [B,3,F,192,192] in [-1,1] of the beginnings, `latents` latent frames, of training scenes."""
-    frames = np.stack([world.render_frames(scene_of(i), 4 * latents - 3, 2) for i in scenes])
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
+def pixels_of(scene, window):
+    """Return pixels [1,3,F,192,192] in [-1,1] of the latent frames `window`, a range, of training scene `scene`."""
+    first, stop = max(0, 4 * window.start - 3), 4 * window.stop - 3
+    frames = world.render_frames(scene_of(scene), stop - first, 2, first)
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None] * 2 - 1
 
 
-def with_pixels(walk, end, scenes, decode):
+def draw_window(rng, latents):
+    """Return a range of `latents` latent frames somewhere in a clip."""
+    first = int(rng.integers(0, LATENTS - latents + 1))
+    return range(first, first + latents)
+
+
+def decode_window(vae, latent, window):
+    """Return the pixels [B,3,F,H,W], not clamped, of the latent frames `window`, a range, of a clip's `latent`.
+
+    Gradients reach these latent frames alone; the CONTEXT before them is decoded without.
+    """
+    begin = max(0, window.start - CONTEXT)
+    with bf16_matmuls():
+        steps = vae.decode_steps(latent[:, :, begin : window.stop])
+        with torch.no_grad():
+            for _ in range(begin, window.start):
+                next(steps)
+        return torch.cat(list(steps), dim=2).float()
+
+
+def with_pixels(walk, end, scenes, vae, rng):
     """Return the loss of a walk: its mean over the steps, `walk`, and the pixels of where it ends; and both as numbers.
 
-    Of the first clips of `end` [B,48,T,12,12] the beginnings are decoded and compared with the `scenes` [B] themselves.
+    Of the first clips of `end` [B,48,13,12,12] a window is decoded and compared with the `scenes` [B] themselves.
     """
     clips, latents = SEEN
-    with bf16_matmuls():
-        seen = decode(end[:clips, :, :latents]).float()
-    error = (seen - pixels_of(scenes[:clips], latents)).square().mean()
+    errors = []
+    for clip, scene in zip(end[:clips].split(1), scenes, strict=False):
+        window = draw_window(rng, latents)
+        errors.append((decode_window(vae, clip, window) - pixels_of(scene, window)).square().mean())
+    error = torch.stack(errors).mean()
     return walk + SEEN_WEIGHT * error, {"walk": walk.item(), "psnr": -10 * math.log10(error.item() / 4)}
 
 
@@ -138,7 +162,7 @@ def main():
     quicken_video_vae()
     pairs = Pairs(options.clips)
     metric = nano_metric(pairs.large)
-    decode = load_video_vae(WEIGHTS / "nano_video_vae.safetensors").requires_grad_(False).decode_raw
+    vae = load_video_vae(WEIGHTS / "nano_video_vae.safetensors").requires_grad_(False)
     torch.manual_seed(0)
     dit = initialise(DiT(CONFIG, dtype=torch.float32))
 
@@ -162,16 +186,16 @@ def main():
         return weighted_square((velocity(x, heard, text)[0] - wanted)[:, :, first:], metric), {}
 
     def on_its_own_walk(step):
-        _, start, heard, text, large, image_given, scenes = lesson(step, OWN_BATCH)
+        rng, start, heard, text, large, image_given, scenes = lesson(step, OWN_BATCH)
         walk, end = own_walk(lambda x, audio: velocity(x, audio, text), start, heard, large, image_given, metric)
-        return with_pixels(walk, end, scenes, decode)
+        return with_pixels(walk, end, scenes, vae, rng)
 
     def loss_of_step(step):
         return (on_the_straight_path if step < options.steps else on_its_own_walk)(step)
 
     dit = train(
         "super_resolution", dit, loss_of_step,
-        steps=options.steps + options.own_steps, peak_rate=2e-3, warmup=100, ema=0.998,
+        steps=options.steps + options.own_steps, peak_rate=1.2e-3, warmup=100, ema=0.998, muon=dit.block,
     )  # fmt: skip
     save_part(WEIGHTS / "nano_sr.safetensors", to_bf16_linears(dit), "dit", CONFIG, "nano_sr")
 

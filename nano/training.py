@@ -32,6 +32,23 @@ def save_atomically(state, path):
     os.replace(part, path)
 
 
+def build_optimizers(parameters, slow, muon, weight_decay):
+    """Return the optimizers of `train`; each of their groups has its `share` of the rate, which is not set yet."""
+    slow, muon = (set(part.parameters()) if part else set() for part in (slow, muon))
+    matrices = [p for p in parameters if p in muon and p.ndim == 2]
+    others = [p for p in parameters if p not in set(matrices)]
+    groups = [
+        {"params": group, "share": share}
+        for share, group in ((1.0, [p for p in others if p not in slow]), (SLOW, [p for p in others if p in slow]))
+        if group
+    ]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
+    if matrices:
+        group = {"params": matrices, "share": 1.0}
+        optimizers.append(torch.optim.Muon([group], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 def train(
     name,
     module,
@@ -40,6 +57,7 @@ def train(
     steps,
     peak_rate,
     slow=None,
+    muon=None,
     seed=0,
     ema=0.999,
     save_every=200,
@@ -51,37 +69,34 @@ def train(
     """Train `module` and return its exponential moving average.
 
     loss_of_step(step) returns (loss, {name: number}) and draws its own data from `step` and the seed alone, so that a
-    resumed run sees what an uninterrupted one would. slow: a part of `module` that learns at SLOW of the rate.
+    resumed run sees what an uninterrupted one would. slow: a part of `module` that learns at SLOW of the rate. muon: a
+    part whose matrices learn by Muon (arXiv 2502.16982), by steps as large as AdamW's.
     State: nano/runs/<name>.pt, log: nano/runs/<name>.jsonl.
     """
     RUNS.mkdir(exist_ok=True)
     state_file, log_file = RUNS / f"{name}.pt", RUNS / f"{name}.jsonl"
     parameters = [p for p in module.parameters() if p.requires_grad]
-    slow_ones = set(slow.parameters()) if slow else set()
-    groups = {1.0: [p for p in parameters if p not in slow_ones], SLOW: [p for p in parameters if p in slow_ones]}
-    groups = {share: group for share, group in groups.items() if group}
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in groups.values()],
-        lr=peak_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True,
-    )  # fmt: skip
+    optimizers = build_optimizers(parameters, slow, muon, weight_decay)
     average = copy.deepcopy(module).requires_grad_(False)
     first, spent = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         module.load_state_dict(state["module"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         first, spent = state["step"], state["seconds"]
     began, sums = time.time(), {}
     for step in range(first, steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        for group, share in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = share * learning_rate(step, steps, peak_rate, warmup)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["share"] * learning_rate(step, steps, peak_rate, warmup)
         loss, numbers = loss_of_step(step)
-        optimizer.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
@@ -104,7 +119,7 @@ def train(
                     "module": module.state_dict(),
                     "average": average.state_dict(),
                     "step": step + 1,
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "seconds": spent + time.time() - began,
                 },
                 state_file,

@@ -12,6 +12,7 @@ import torch
 from ..model_loader.checkpoint import Checkpoint, CheckpointError
 from ..model_loader.load import load_text_encoder
 from ..model_loader.tokenizer import read_tokenizer, tokenizer_definition
+from .finite import require_finite
 from .quantised import quantised_operations, stays_quantised
 
 MAX_TEXT_TOKENS = 640  # longer texts are cut after encoding, as the published pipeline does
@@ -58,7 +59,7 @@ class PromptEncoder(torch.nn.Module):
         if len(ids) > MAX_TEXT_TOKENS:
             logging.warning("%s", too_long(len(ids)))
         ids = torch.tensor([ids], dtype=torch.long, device=self.execution_device)
-        features = self.network(ids)[:, :MAX_TEXT_TOKENS]
+        features = require_finite(self.network(ids)[:, :MAX_TEXT_TOKENS], "The text encoder")
         return features.to(comfy.model_management.intermediate_device(), torch.float32), None
 
     def load_sd(self, state_dict):

@@ -23,6 +23,7 @@ from ..sampler.conditioning import with_first_image
 from ..sampler.memory import TEXT_TOKENS, activation_bytes
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 from . import padded_rows
+from .finite import require_finite
 from .forward_options import of_forward
 from .quantised import quantised_operations
 
@@ -30,6 +31,7 @@ FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean
 FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
 PREVIEW = "happyhorse.preview"  # key in a model file's header: JSON [49][3], colours of the latent channels and a bias
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
+NOT_THE_FILE = "If it is not the file: take LoRAs away or lower their strength, and set 'HappyHorse Speed' back."
 
 
 class LatentFormat(comfy.latent_formats.Wan22):
@@ -146,6 +148,8 @@ class HappyHorse(comfy.model_base.BaseModel):
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         forward = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         velocity_video, velocity_audio = forward.execute(streams, c_crossattn, options)
+        for velocity in (velocity_video, velocity_audio):
+            require_finite(velocity, "The transformer", NOT_THE_FILE)
         denoised_video = self.model_sampling.calculate_denoised(t, velocity_video, noisy_video)
         denoised_audio = self.model_sampling.calculate_denoised(t, velocity_audio[:, 0].transpose(1, 2), noisy_audio)
         return comfy.utils.pack_latents([with_first_image(denoised_video, first_image), denoised_audio])[0]

@@ -19,6 +19,7 @@ from ..sampler.media import first_image, frames_one_by_one
 from ..sampler.memory import decode_bytes
 from ..sampler.sizes import pixel_frames
 from ..sampler.strips import OVERLAP, STRIP, decode_in_strips, strips
+from .finite import require_finite
 
 
 class HappyHorseVAE(comfy.sd.VAE):
@@ -133,7 +134,7 @@ class VideoVAE(HappyHorseVAE):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
         for pixels in self.first_stage_model.decode_steps(latent.to(self.device, self.vae_dtype)):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            yield pixels
+            yield require_finite(pixels, "The video VAE")
             del pixels  # the next step needs the room
 
 
@@ -152,7 +153,7 @@ class PlaybackAudio(torch.nn.Module):
 
     def decode(self, latent):
         """Decode [B,64,L] -> stereo [B,2,1764 L] at 44100 Hz."""
-        return self.network.decode_for_playback(latent)
+        return require_finite(self.network.decode_for_playback(latent), "The audio VAE")
 
 
 class AudioVAE(HappyHorseVAE):

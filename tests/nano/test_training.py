@@ -1,21 +1,16 @@
 """The training loop: a resumed run ends where an uninterrupted one does; and what the teacher and its walks rest on."""
 
-import numpy as np
 import pytest
 import torch
 from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
-from pack.nano import training, world
-from pack.nano.latents import scene_of
+from pack.nano import training
 from pack.nano.pixel_metric import nano_metric, pixel_metric, weighted_square
 from pack.nano.train_distill import own_states, walk
 from pack.nano.train_dit import CONFIG, FIRST_FRAME, initialise, noised
-from pack.nano.train_refined_decoder import refined
-from pack.nano.train_super_resolution import SEEN, SEEN_WEIGHT, on_the_path, own_walk, pixels_of, with_pixels
 from pack.nano.train_video_vae import CHANNELS
 from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
-from pack.sampler.super_resolution import upsample_latent
 
 
 def run(folder, monkeypatch, stop_at=None):
@@ -52,6 +47,25 @@ def test_the_slow_part_learns_at_a_fifth(tmp_path, monkeypatch):
     )  # fmt: skip
     fast, slow = (was - part.weight.item() for was, part in zip(before, module, strict=True))
     assert fast == pytest.approx(0.1, rel=1e-3) and slow == pytest.approx(0.02, rel=1e-3)
+
+
+def test_matrices_learn_by_muon_and_the_rest_by_adamw(tmp_path, monkeypatch):
+    """Muon moves along every direction of a gradient alike, AdamW every number alike."""
+    monkeypatch.setattr(training, "RUNS", tmp_path)
+    torch.manual_seed(0)
+    part, other = torch.nn.Linear(4, 8), torch.nn.Linear(4, 8, bias=False)
+    before = [p.detach().clone() for p in (part.weight, part.bias, other.weight)]
+    gradient = torch.linalg.qr(torch.randn(8, 4)).Q @ torch.diag(torch.tensor([1.0, 0.5, 0.2, 0.1]))
+    training.train(
+        "tiny", torch.nn.ModuleList([part, other]),
+        lambda step: ((gradient * part.weight).sum() + part.bias.sum() + (gradient * other.weight).sum(), {}),
+        steps=1, peak_rate=0.1, warmup=1, weight_decay=0.0, muon=part,
+    )  # fmt: skip
+    moved = [was - now.detach() for was, now in zip(before, (part.weight, part.bias, other.weight), strict=True)]
+    assert torch.allclose(moved[1], torch.full((8,), 0.1), rtol=1e-3)
+    assert torch.allclose(moved[2], 0.1 * gradient.sign(), rtol=1e-3)
+    sizes = torch.linalg.svdvals(moved[0]) / (0.1 * 0.2 * 8**0.5)  # 0.2 * sqrt(rows): the step is as large as AdamW's
+    assert sizes.min() > 0.6 and sizes.max() < 1.3
 
 
 def test_rate_rises_then_falls():
@@ -140,14 +154,6 @@ def test_own_states_are_those_that_the_samplers_network_sees():
     assert all(torch.equal(video[:, :, :1], image) and torch.equal(audio, start[1]) for video, audio in states)
 
 
-def test_super_resolutions_path_leads_from_the_start_to_the_large_clip():
-    start, large = torch.randn(2, 48, 3, 12, 12), torch.randn(2, 48, 3, 12, 12)
-    x, velocity = on_the_path(start, large, torch.tensor([1.0, 0.3]))
-    torch.testing.assert_close(x[0], start[0])
-    torch.testing.assert_close(x[0] - velocity[0], large[0])
-    torch.testing.assert_close(x[1] - 0.3 * velocity[1], large[1])
-
-
 def test_an_error_counts_as_the_pixels_it_moves():
     torch.manual_seed(0)
     weights = torch.randn(3, 48)
@@ -169,80 +175,3 @@ def test_nanos_metric_forgets_no_channel():
     assert metric.diagonal().mean() == pytest.approx(1, abs=1e-4)
     values = torch.linalg.eigvalsh(metric)
     assert values[0] > 0.05 and values[-1] > 20 * values[0]
-
-
-@pytest.mark.parametrize("image_given", [False, True])
-def test_the_sampler_walks_while_it_is_taught(image_given):
-    """A network that answers right at each step has no loss and walks to the clip; one that is off learns at each."""
-    torch.manual_seed(0)
-    large, start = torch.randn(2, 48, 3, 4, 4), torch.randn(2, 48, 3, 4, 4)
-    heard, seen = torch.randn(2, 5, 64), []
-    off = torch.zeros(1, requires_grad=True)
-    levels = iter(flow_sigmas(5)[:-1])
-
-    def network(x, audio):
-        assert torch.equal(audio, heard) and not x.requires_grad
-        seen.append(x)
-        return (x - large) / next(levels) + off, torch.zeros_like(audio)
-
-    loss, end = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
-    assert loss.item() == pytest.approx(0, abs=1e-9) and len(seen) == 5
-    assert torch.allclose(end, large, atol=1e-5)
-    assert (seen[-1] - large)[:, :, 1:].abs().mean() < (seen[0] - large)[:, :, 1:].abs().mean()
-    assert torch.equal(seen[0][:, :, :1], (large if image_given else start)[:, :, :1])
-    levels, off.data = iter(flow_sigmas(5)[:-1]), torch.ones(1)
-    loss, end = own_walk(network, start, heard, large, image_given, torch.eye(CHANNELS))
-    last = flow_sigmas(5)[-2].item()
-    assert torch.allclose(end[:, :, 1:], (large - last)[:, :, 1:], atol=1e-5)
-    assert torch.equal(end[:, :, :1], large[:, :, :1]) == image_given
-    (ends,) = torch.autograd.grad(end.sum(), off, retain_graph=True)
-    assert ends.item() == pytest.approx(
-        -last * end[:, :, int(image_given) :].numel(), rel=1e-5
-    )  # of the last step alone
-    loss.backward()
-    assert loss.item() == pytest.approx(1) and off.grad.item() == pytest.approx(2)
-
-
-def test_the_decoder_sees_where_the_sampler_ends_and_the_clip_it_should_be():
-    torch.manual_seed(0)
-    small, large, audio, text = (
-        torch.randn(shape) for shape in ((1, 48, 13, 6, 6), (1, 48, 13, 12, 12), (1, 51, 64), (1, 9, 96))
-    )
-    began = []
-
-    class Known:
-        def draw(self, rng, count):
-            assert count == 1
-            return small, large, audio, text, np.array([7])
-
-    def straight_to_the_clip(x, heard, features, attention):
-        began.append(x)
-        assert torch.equal(features, text) and not torch.equal(heard, audio)
-        return began[0] - large, torch.zeros_like(heard)
-
-    latents, pixels = refined(straight_to_the_clip, Known(), None)
-    assert torch.allclose(latents, large[:, :, :5], atol=3e-3) and len(began) == 5  # levels begin at 0.9998
-    assert (began[0] - upsample_latent(small, 12, 12, False)).abs()[:, :CHANNELS].mean() < 0.1
-    assert torch.equal(pixels, pixels_of([7], 5)) and pixels.shape == (1, 3, 17, 192, 192)
-
-
-def test_where_a_walk_ends_its_pixels_count():
-    """The loss grows with the error of the decoded beginnings, and only of the clips and latents that SEEN names."""
-    clips, latents = SEEN
-    end = torch.zeros(4, 48, 13, 12, 12, requires_grad=True)
-    right = pixels_of([3, 5], latents)
-    decode = lambda x: right + x.mean(1).mean((1, 2, 3))[:, None, None, None, None] + 0.1  # noqa: E731
-    loss, numbers = with_pixels(torch.tensor(0.25), end, np.array([3, 5, 7, 9]), decode)
-    assert loss.item() == pytest.approx(0.25 + SEEN_WEIGHT * 0.01, rel=1e-4)
-    assert numbers == {"walk": 0.25, "psnr": pytest.approx(-10 * np.log10(0.01 / 4), rel=1e-4)}
-    loss.backward()
-    taught = end.grad != 0
-    assert taught[:clips, :, :latents].all() and not taught[clips:].any() and not taught[:, :, latents:].any()
-
-
-def test_a_training_clip_is_compared_with_its_own_picture():
-    pixels = pixels_of([3, 5], 3)
-    assert pixels.shape == (2, 3, 9, 192, 192) and pixels.min() >= -1 and pixels.max() <= 1
-    for shown, number in zip(pixels, (3, 5), strict=True):
-        whole = world.render_frames(scene_of(number), 49, 2)[:9] * 2 - 1
-        assert torch.equal(shown, torch.from_numpy(whole).permute(3, 0, 1, 2))
