@@ -74,15 +74,18 @@ class VideoVAE(nn.Module):
         return torch.cat(list(self.decode_steps(latent)), dim=2).float()
 
     def decode_steps(self, latent):
-        """Yield what `decode_raw` returns a latent frame at a time, in `dtype`: 1 pixel frame, then 4 and 4.
+        """Iterate over what `decode_raw` returns, a latent frame at a time, in `dtype`: 1 pixel frame, then 4 and 4.
 
         Exact, because the decoder is causal: between steps each convolution keeps the last two frames that it saw.
         """
         mean, inverse_std = self.statistics(latent.device)
+        return self._steps(self.vae.conv2(latent.to(self.dtype) / inverse_std + mean))
+
+    def _steps(self, z):
         unpatchify, count = (core_class("comfy.ldm.wan.vae2_2", name) for name in ("unpatchify", "count_conv3d"))
         kept = [None] * count(self.vae.decoder)
-        for t in range(latent.shape[2]):
-            frame = self.vae.conv2(latent[:, :, t : t + 1].to(self.dtype) / inverse_std + mean)
+        for t in range(z.shape[2]):
+            frame = z[:, :, t : t + 1]
             yield unpatchify(self.vae.decoder(frame, feat_cache=kept, feat_idx=[0], first_chunk=t == 0), 2)
 
     def statistics(self, device):
