@@ -1,6 +1,7 @@
 """Train nano's super-resolution transformer: from a clip's noised, resized latents to those of twice the size.
 
     python as_package.py nano.train_super_resolution
+    python as_package.py nano.train_super_resolution --go-on    walks alone, from the weights that are there
 
 It walks a straight path: at noise level 1 stands what the sampler starts from (`start_super_resolution`), at 0 the
 latent of the large clip. Both come from the video VAE, so train that first. Then it learns from its own mistakes: the
@@ -17,7 +18,7 @@ import torch
 
 from ..model_loader.config import DiTConfig
 from ..model_loader.dit import DiT
-from ..model_loader.load import load_video_vae, save_part
+from ..model_loader.load import load_dit, load_video_vae, save_part
 from ..sampler.conditioning import with_first_image
 from ..sampler.denoise import denoise_unipc
 from ..sampler.schedule import flow_sigmas
@@ -47,7 +48,7 @@ BATCH, OWN_BATCH = 8, 4  # clips a step; a step of the second kind is a whole wa
 # What nano's second stage starts from. The published level, 220, drowns all but the coarsest of its half-whitened
 # channels; corners that are not aligned put each cell of the small latent under one patch of the large one.
 OWN_START = {"noise_level": 5, "align_corners": False}
-OWN_LEVELS, OWN_SHARE = 20, 0.9  # trained at levels up to this one; the other batches start as published
+OWN_LEVELS, OWN_SHARE = 20, 0.97  # trained at levels up to this one; the other batches start as published
 SEEN, SEEN_WEIGHT = (2, 3), 80.0  # clips, and latents of each, that are decoded where a walk ends; weight of the pixels
 CONTEXT = 3  # latents before a window that are decoded for what the decoder remembers: within 40 dB of the whole clip
 
@@ -157,14 +158,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--own-steps", type=int, default=5500, help="then so many walks of the sampler's own")
-    parser.add_argument("--clips", type=int, default=8000)
+    parser.add_argument("--clips", type=int, default=12000)
+    parser.add_argument(
+        "--go-on", action="store_true", help="from nano/weights, no steps but walks, at a quarter of the rate"
+    )
     options = parser.parse_args()
+    straight, peak_rate = (0, 3e-4) if options.go_on else (options.steps, 1.2e-3)
+    path = WEIGHTS / "nano_sr.safetensors"
     quicken_video_vae()
     pairs = Pairs(options.clips)
     metric = nano_metric(pairs.large)
     vae = load_video_vae(WEIGHTS / "nano_video_vae.safetensors").requires_grad_(False)
     torch.manual_seed(0)
-    dit = initialise(DiT(CONFIG, dtype=torch.float32))
+    dit = load_dit(path, dtype=torch.float32) if options.go_on else initialise(DiT(CONFIG, dtype=torch.float32))
+    dit.requires_grad_(True)
 
     def velocity(x, heard, text):
         with bf16_matmuls():
@@ -191,13 +198,13 @@ def main():
         return with_pixels(walk, end, scenes, vae, rng)
 
     def loss_of_step(step):
-        return (on_the_straight_path if step < options.steps else on_its_own_walk)(step)
+        return (on_the_straight_path if step < straight else on_its_own_walk)(step)
 
     dit = train(
         "super_resolution", dit, loss_of_step,
-        steps=options.steps + options.own_steps, peak_rate=1.2e-3, warmup=100, ema=0.998, muon=dit.block,
+        steps=straight + options.own_steps, peak_rate=peak_rate, warmup=100, ema=0.998, muon=dit.block,
     )  # fmt: skip
-    save_part(WEIGHTS / "nano_sr.safetensors", to_bf16_linears(dit), "dit", CONFIG, "nano_sr")
+    save_part(path, to_bf16_linears(dit), "dit", CONFIG, "nano_sr")
 
 
 if __name__ == "__main__":
