@@ -50,6 +50,6 @@ def test_the_template_refines_as_the_evaluation_does():
 
 
 def test_super_resolution_beats_enlargement():
-    """Of a ball, a cube and a face that its training has not seen, by 2.0 dB; `run.py evaluate` asks 18."""
+    """Of a ball, a cube and a face that its training has not seen, by 2.7 dB; `run.py evaluate` asks 18."""
     refined, bicubic = super_resolution_psnr(3)
-    assert refined > bicubic + 1.5
+    assert refined > bicubic + 2.0
