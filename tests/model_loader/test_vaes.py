@@ -1,5 +1,6 @@
 """The autoencoders: shapes, windows, normalisation, resampling, refusals. Exactness is test_golden's."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,27 @@ def test_wan_steps_are_the_whole_decode_bit_for_bit(wan):
     whole = wan.vae.decode(latent / inverse_std + mean)  # core's own loop
     assert [step.shape[2] for step in steps] == [1, 4, 4, 4]
     assert torch.equal(torch.cat(steps, dim=2), whole) and torch.equal(wan.decode_raw(latent), whole)
+
+
+@pytest.mark.parametrize("latents", [1, 4])
+def test_small_convolutions_run_in_onednn_with_torchs_own_result(wan, latents):
+    plain = copy.deepcopy(wan)
+    for layer in plain.modules():
+        vars(layer).pop("_conv_forward", None)
+    latent, calls = torch.randn(1, 48, latents, 2, 3), []
+    with torch.inference_mode():
+        for network in (wan, plain):
+            with torch.profiler.profile() as seen:
+                result = network.decode_raw(latent)
+            calls.append((result, {event.key for event in seen.key_averages()}))
+        (quick, ours), (own, _) = calls
+        torch.testing.assert_close(quick, own, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(wan.encode(own.clamp(-1, 1)), plain.encode(own.clamp(-1, 1)), atol=1e-5, rtol=1e-5)
+    if torch.backends.mkldnn.is_available():
+        assert "aten::mkldnn_convolution" in ours and "aten::slow_conv3d" not in ours
+    taught = latent.clone().requires_grad_()
+    wan.decode_raw(taught).square().mean().backward()  # torch's own, which has a backward of its own
+    assert taught.grad.abs().sum() > 0
 
 
 @torch.no_grad()
