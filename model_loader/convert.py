@@ -1,4 +1,4 @@
-"""Any transformer or text encoder that we can read, to one safetensors file of published names, in bf16 or fp8."""
+"""Any transformer or text encoder that we can read, to one safetensors file of published names: bf16, int8 or fp8."""
 
 import argparse
 import hashlib
@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, TensorHeader
 from .detect import DIT_VARIANTS, describe
+from .int8 import quantise_int8
 from .key_map import KEY_MAPS, stacked_name
-from .layouts import as_published
+from .layouts import INT8_FORMAT, as_published
 from .load import expected_tensors, linear_weights, part_metadata, plan
 from .safetensors_writer import SafetensorsWriter
 from .tokenizer import tokenizer_definition
@@ -22,6 +23,8 @@ from .tokens import rotary_bands
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_LARGEST = torch.finfo(FP8_DTYPE).max
+FORMATS = {torch.int8: INT8_FORMAT, FP8_DTYPE: "float8_e4m3fn"}  # ComfyUI's names
+LINEARS = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": FP8_DTYPE}
 PIECE = 2**22  # elements that are cast at a time
 REOPEN = 2**28  # bytes read after which the source is opened anew
 
@@ -38,9 +41,10 @@ class Entry:
 def convert(source, destination, dtype, *, variant=None, force=False):
     """Write a DiT's or a text encoder's checkpoint as one safetensors file; return that file's size in bytes.
 
-    source: any file or folder that `load` reads; variant: as `detect.describe`. dtype: "bf16" or "fp8", of the linears;
-    what the networks keep in fp32 stays fp32, the text encoder's embedding is bf16. fp8 is float8_e4m3fn with one fp32
-    scale a stored weight, largest magnitude / 448, in the quantised format of ComfyUI's QUANTIZATION.md:
+    source: any file or folder that `load` reads; variant: as `detect.describe`. dtype: "bf16", "int8" or "fp8", of the
+    linears; what the networks keep in fp32 stays fp32, the text encoder's embedding is bf16. int8 has an fp32 scale for
+    every row of a stored weight [rows, 1], largest magnitude / 127; fp8 is float8_e4m3fn with one fp32 scale a stored
+    weight [], largest magnitude / 448. Both are in the quantised formats of ComfyUI's QUANTIZATION.md:
     `<layer>.weight_scale`, and the layers by name in the header. The header also has what `save_part` writes, the
     tokenizer included, and `happyhorse.source_headers_sha256` (see `headers_sha256`).
 
@@ -60,10 +64,11 @@ def convert(source, destination, dtype, *, variant=None, force=False):
     entries = _entries(found, checkpoint, dtype)
     headers, quantised = {name: TensorHeader(entry.shape, entry.dtype) for name, entry in entries.items()}, {}
     for name, entry in entries.items():
-        if entry.dtype == FP8_DTYPE:
+        if entry.dtype in FORMATS:
             layer = name.removesuffix(".weight")
-            quantised[layer] = {"format": "float8_e4m3fn"}
-            headers[f"{layer}.weight_scale"] = TensorHeader((), torch.float32)
+            quantised[layer] = {"format": FORMATS[entry.dtype]}
+            shape = (entry.shape[0], 1) if entry.dtype == torch.int8 else ()
+            headers[f"{layer}.weight_scale"] = TensorHeader(shape, torch.float32)
     bands = rotary_bands(found.config.head_dim) if found.part == "dit" else None
     if bands is not None:
         headers["adapter.rope.bands"] = TensorHeader(tuple(bands.shape), bands.dtype)
@@ -123,9 +128,9 @@ def _entries(found, checkpoint, dtype):
     entries = {}
     for name, ours in plan(found.network, checkpoint, found.prefix, wanted).items():
         kept = wanted[ours[0]].dtype  # fp32 but for embedding and linears, and for some of those too
-        quantise = dtype == "fp8" and ours[0] in linears
         published = KEY_MAPS[found.network].to_file(stacked_name(ours[0]))
-        entries[published] = Entry(name, checkpoint.headers[name].shape, FP8_DTYPE if quantise else kept)
+        stored = LINEARS[dtype] if ours[0] in linears else kept
+        entries[published] = Entry(name, checkpoint.headers[name].shape, stored)
     return entries
 
 
@@ -140,7 +145,8 @@ def _read_in_turn(source, entries):
 
 
 def _write_tensor(writer, label, name, tensor, entry, bar):
-    pieces = tensor.reshape(-1).split(PIECE)
+    rows = tensor.reshape(entry.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(-1)
+    pieces = rows.split(max(PIECE // max(rows[:1].numel(), 1), 1))
     largest = torch.zeros(())  # not a list of all results: they would lie between freed pieces and keep the heap large
     for piece in pieces:
         largest = torch.maximum(largest, piece.float().abs().amax())  # NaN wins
@@ -149,14 +155,16 @@ def _write_tensor(writer, label, name, tensor, entry, bar):
             f"{label}: {entry.source} holds NaN or infinite values, so nothing was written. Download it again, or use "
             "another file of the same model."
         )
-    scale = None
     if entry.dtype == FP8_DTYPE:
         scale = largest / FP8_LARGEST
         scale = scale if scale > 0 else torch.ones(())
-        writer.write(f"{name.removesuffix('.weight')}.weight_scale", scale)
+        writer.write(f"{name}_scale", scale)
     for piece in pieces:
-        if scale is not None:
+        if entry.dtype == FP8_DTYPE:
             piece = (piece.float() / scale).clamp_(-FP8_LARGEST, FP8_LARGEST)
+        elif entry.dtype == torch.int8:
+            piece, scale = quantise_int8(piece)
+            writer.write(f"{name}_scale", scale)
         writer.write(name, piece.to(entry.dtype))
         bar.update(piece.numel() * entry.dtype.itemsize)
 
@@ -166,7 +174,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="run.py convert", description=__doc__)
     parser.add_argument("source", metavar="SRC", type=Path, help="file, shard or folder of shards")
     parser.add_argument("destination", metavar="DST", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--dtype", choices=("bf16", "fp8"), required=True, help="of the linear layers")
+    parser.add_argument("--dtype", choices=tuple(LINEARS), required=True, help="of the linear layers")
     parser.add_argument("--variant", choices=DIT_VARIANTS, help="where neither the source nor its name tells")
     parser.add_argument("--force", action="store_true", help="replace DST if it exists")
     words = parser.parse_args(arguments)

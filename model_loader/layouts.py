@@ -1,5 +1,7 @@
-"""Other people's layouts seen as the published one: fp8 weights with their scales, split experts stacked."""
+"""Other people's layouts seen as the published one: fp8 and int8 weights with their scales, split experts stacked."""
 
+import json
+import math
 import re
 
 import torch
@@ -7,8 +9,11 @@ import torch
 from .checkpoint import Checkpoint, CheckpointError, TensorHeader
 from .diffusers_names import in_published_names
 from .dit_layers import MODALITIES
+from .int8 import quantise_int8, rotated_back
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALED = (*FP8, torch.int8)  # what a weight with a scale is stored as
+INT8_FORMAT = "int8_tensorwise"  # ComfyUI's name for int8 with one scale, or one a row
 # What a weight's scale is called: daVinci-MagiHuman-FP8, Comfy's first generation, its second.
 SCALE_ENDINGS = (".weight.__fp8_scale", ".scale_weight", ".weight_scale")
 # What else such files hold beside their weights; activations are not quantised here.
@@ -25,17 +30,22 @@ QKV = ("linear_q", "linear_k", "linear_v", "linear_g")
 def as_published(checkpoint):
     """Return a Checkpoint with the published names and plain weights; the same object where it has them already.
 
-    Nothing is read here. `read` gives a scaled fp8 weight [rows, columns] in fp32, times its scale; `read_scaled` gives
-    it as it is, with its scale: one number [], or one a row [rows, 1]. A split weight is stacked when it is read. Where
-    no weight has a scale, fp8 is a plain cast and stays as it is. CheckpointError names the file and tensor: for an
-    incomplete set here, for a scale that is not finite and positive when it is read.
+    Nothing is read here but what says how a layer is quantised. `read` gives a scaled fp8 or int8 weight [rows,
+    columns] in fp32, times its scale; `read_scaled` gives it as it is, with its scale: one number [], or one a row
+    [rows, 1]. int8 that ConvRot has rotated is rotated back, and for `read_scaled` rounded to int8 again. A split
+    weight is stacked when it is read. Where no weight has a scale, fp8 is a plain cast and stays as it is.
+    CheckpointError names the file and tensor: for an incomplete set or an unknown format here, for a scale that is not
+    finite and positive when it is read.
     """
     return _stacked(_with_scales(in_published_names(checkpoint)))
 
 
-def holds_fp8(checkpoint):
-    """Tell from the headers whether any tensor is stored as fp8."""
-    return any(header.dtype in FP8 for header in checkpoint.headers.values())
+def stored_as(checkpoint):
+    """Tell from the headers what an open Checkpoint's weights are quantised as: "GGUF", "fp8", "int8" or None."""
+    if checkpoint.blocks:
+        return "GGUF"
+    dtypes = {header.dtype for name, header in checkpoint.headers.items() if name.endswith(".weight")}
+    return "int8" if torch.int8 in dtypes else "fp8" if dtypes.intersection(FP8) else None
 
 
 def multiplied_out(tensor, scale):
@@ -43,20 +53,51 @@ def multiplied_out(tensor, scale):
     return tensor if scale is None else tensor.float().mul_(scale)
 
 
-def _refuse_other_formats(checkpoint):
-    """Raise CheckpointError for ComfyUI's quantised formats but fp8: nvfp4, int8, and blocks of GGUF that it saved."""
+def _told_format(checkpoint, weight):
+    """Return how a file says that ComfyUI quantised a weight, and its groups of rotated columns; None for either."""
+    layer = weight.removesuffix(".weight")
+    try:
+        if f"{layer}.comfy_quant" in checkpoint.headers:
+            told = json.loads(bytes(checkpoint.read(f"{layer}.comfy_quant").tolist()))
+        else:
+            told = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {}).get(layer, {})
+        told |= told.get("params") or {}
+        return told.get("format"), int(told.get("convrot_groupsize", 256)) if told.get("convrot") else None
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{checkpoint.label}: how {weight} is quantised cannot be read from the file. Download it again, or use "
+            "another one."
+        ) from None
+
+
+def _rotations(checkpoint):
+    """Return {int8 weight that ConvRot has rotated: columns in a group}; CheckpointError for formats we cannot read.
+
+    Those are ComfyUI's nvfp4 and convrot_w4a4, and blocks of GGUF that it saved.
+    """
+    rotations = {}
     for name, header in checkpoint.headers.items():
-        form = f"{name.removesuffix('weight')}comfy_quant"
-        if header.dtype in (torch.uint8, torch.int8) and name.endswith(".weight") and form in checkpoint.headers:
-            told = bytes(checkpoint.read(form).tolist()).decode(errors="replace")
+        if header.dtype not in (torch.uint8, torch.int8) or not name.endswith(".weight"):
+            continue
+        form, group = _told_format(checkpoint, name)
+        if form not in (None, INT8_FORMAT):
             raise CheckpointError(
-                f"{checkpoint.label}: {name} is quantised as {told}; of ComfyUI's formats only fp8 is read. Use an "
-                "fp8, bf16 or .gguf file of the same model, or save it again from one loaded with weight_dtype bf16."
+                f"{checkpoint.label}: {name} is quantised as {form}; of ComfyUI's formats fp8 and int8 are read. Use "
+                "an fp8, int8, bf16 or .gguf file of the same model, or save it again from one loaded with "
+                "weight_dtype bf16."
             )
+        if group is not None:
+            if group < 4 or 4 ** round(math.log(group, 4)) != group or header.shape[-1] % group:
+                raise CheckpointError(
+                    f"{checkpoint.label}: {name} was rotated in groups of {group} columns, which must be a power of "
+                    f"four and divide its {header.shape[-1]}. Download it again, or use another file."
+                )
+            rotations[name] = group
+    return rotations
 
 
 def _with_scales(checkpoint):
-    _refuse_other_formats(checkpoint)
+    rotations = _rotations(checkpoint)
     scales = {}
     for name, header in checkpoint.headers.items():
         ending = next((ending for ending in SCALE_ENDINGS if name.endswith(ending)), None)
@@ -69,18 +110,17 @@ def _with_scales(checkpoint):
         for name, header in checkpoint.headers.items()
         if name not in scales.values() and not NOT_WEIGHTS.fullmatch(name)
     }
-    if len(headers) == len(checkpoint.headers):
-        return checkpoint
-    lost = [name for name, header in headers.items() if header.dtype in FP8] if scales else []
+    needing = SCALED if scales else (torch.int8,)
+    lost = [name for name, header in headers.items() if header.dtype in needing]
     if lost:
         raise CheckpointError(
-            f"{checkpoint.label}: {len(lost)} fp8 tensors have no scale (first: {lost[0]}), though the others have; "
-            "without it their values are wrong. Download the file again, or use another one."
+            f"{checkpoint.label}: {len(lost)} quantised tensors have no scale (first: {lost[0]}); without it their "
+            "values are wrong. Download the file again, or use another one."
         )
+    if len(headers) == len(checkpoint.headers):
+        return checkpoint
 
-    def read_scaled(name):
-        if name not in scales:
-            return checkpoint.read(name), None
+    def stored(name):
         scale = checkpoint.read(scales[name]).float()
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise CheckpointError(
@@ -89,12 +129,16 @@ def _with_scales(checkpoint):
             )
         return checkpoint.read(name), scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
 
-    return _seen(checkpoint, headers, read_scaled)
-
-
-def _seen(checkpoint, headers, read_scaled):
     def read(name):
-        return multiplied_out(*read_scaled(name))
+        if name not in scales:
+            return checkpoint.read(name)
+        wide = multiplied_out(*stored(name))
+        return rotated_back(wide, rotations[name]) if name in rotations else wide
+
+    def read_scaled(name):
+        if name in rotations:
+            return quantise_int8(read(name))
+        return stored(name) if name in scales else (checkpoint.read(name), None)
 
     return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read, read_scaled)
 
@@ -105,16 +149,16 @@ def _check_scale(checkpoint, name, header, weight):
         raise CheckpointError(
             f"{checkpoint.label}: {name} scales {weight}, which is not in the file. Download it again."
         )
-    if stored.dtype not in FP8 or len(stored.shape) != 2:
+    if stored.dtype not in SCALED or len(stored.shape) != 2:
         raise CheckpointError(
             f"{checkpoint.label}: {weight} is {stored.dtype} {list(stored.shape)} with a scale; of quantised weights "
-            "only fp8 matrices can be read. Use an fp8 or bf16 file of the same model."
+            "only fp8 and int8 matrices can be read. Use an fp8, int8 or bf16 file of the same model."
         )
     rows = stored.shape[0]
     if header.shape not in ((), (1,), (rows,), (rows, 1)):
         raise CheckpointError(
             f"{checkpoint.label}: {name} has shape {list(header.shape)}, expected one number or one for each of the "
-            f"{rows} rows of {weight}. Use another fp8 or bf16 file of the same model."
+            f"{rows} rows of {weight}. Use another fp8, int8 or bf16 file of the same model."
         )
 
 
@@ -146,14 +190,18 @@ def _stacked(checkpoint):
             return checkpoint.read_scaled(name)
         return _joined([checkpoint.read_scaled(part) for part in order[name]])
 
-    return _seen(checkpoint, headers, read_scaled)
+    def read(name):
+        return multiplied_out(*read_scaled(name)) if name in order else checkpoint.read(name)
+
+    return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read, read_scaled)
 
 
 def _joined(parts):
     tensors, scales = zip(*parts, strict=True)
-    if all(scale is not None for scale in scales):
+    alike = len({tensor.dtype for tensor in tensors}) == 1
+    if alike and all(scale is not None for scale in scales):
         return torch.cat(tensors), torch.cat([scale.expand(len(tensor), 1) for tensor, scale in parts])
-    if len({tensor.dtype for tensor in tensors}) > 1:  # fp8 beside bf16, which torch does not join
+    if not alike:  # fp8 beside bf16, which torch does not join
         tensors = [multiplied_out(*part).float() for part in parts]
     return torch.cat(tensors), None
 

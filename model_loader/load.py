@@ -13,8 +13,9 @@ from .checkpoint import Checkpoint, CheckpointError
 from .core_vae import AudioVAE, VideoVAE
 from .detect import CONFIGS, describe
 from .dit import DiT
+from .int8 import quantise_int8
 from .key_map import KEY_MAPS, expert_names, split_names, stacked_name
-from .layouts import FP8, as_published, multiplied_out
+from .layouts import FP8, SCALED, as_published, multiplied_out
 from .text_encoder import TextEncoder
 from .tokenizer import tokenizer_definition
 from .tokens import rotary_bands
@@ -85,10 +86,11 @@ def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operati
     """Build a network and give it a checkpoint's tensors: cast one at a time, never copied where dtype and device fit.
 
     Every tensor under `prefix` must have a place and every place a tensor of its shape; CheckpointError otherwise.
-    quantised: None, and every weight is turned into `dtype`; "kept", and those of linears that are fp8 or in blocks of
-    GGUF in the file stay so; "fp8", and what is not fp8 becomes float8_e4m3fn. `operations.Linear` must load such a
-    `weight` and, beside fp8, `weight_scale`, fp32: one number [], or one a row [rows, 1]; beside blocks, uint8 [rows,
-    bytes of a row], `weight_blocks`: the letters of their kind. Returns the network in eval mode without gradients.
+    quantised: None, and every weight is turned into `dtype`; "kept", and those of linears that are fp8, int8 or in
+    blocks of GGUF in the file stay so; "fp8" or "int8", and what is not that becomes float8_e4m3fn or int8, a scale a
+    row. `operations.Linear` must load such a `weight` and, beside fp8 and int8, `weight_scale`, fp32: one number [], or
+    one a row [rows, 1]; beside blocks, uint8 [rows, bytes of a row], `weight_blocks`: the letters of their kind.
+    Returns the network in eval mode without gradients.
     """
     wanted = expected_tensors(network, config, dtype=dtype)
     places = plan(network, checkpoint, prefix, wanted)
@@ -101,11 +103,13 @@ def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operati
             letters = torch.tensor(list(kind.encode()), dtype=torch.uint8)
             state.update({f"{part}_blocks": letters for part in ours})
         else:
-            tensor, scale = checkpoint.read_scaled(name)
+            tensor, scale = checkpoint.read_scaled(name) if linear else (checkpoint.read(name), None)
             if linear and quantised == "fp8" and tensor.dtype not in FP8:
                 (tensor, scale), columns = quantise_rows(multiplied_out(tensor, scale)), tensor.shape[1]
                 tensor = tensor[:, :columns]
-            if linear and tensor.dtype in FP8:
+            elif linear and quantised == "int8" and tensor.dtype != torch.int8:
+                tensor, scale = quantise_int8(multiplied_out(tensor, scale))
+            if linear and tensor.dtype in SCALED:
                 scale = torch.ones(()) if scale is None else scale
                 scales = [_one_number(part) for part in scale.expand(len(tensor), 1).chunk(len(ours))]
                 state.update(zip([f"{part}_scale" for part in ours], scales, strict=True))

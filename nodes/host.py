@@ -191,15 +191,15 @@ def load_model(path, weight_dtype, variant=None, quantised=None, disable_dynamic
     """Read a DiT file or sharded folder into a MODEL (ModelPatcher) whose model knows its `variant`.
 
     weight_dtype: of the linears, or what their quantised weights are turned into when a layer runs. quantised: as
-    `load.fill`, or "fp8 fast", which is "fp8" with products in fp8.
+    `load.fill`, or "fp8 fast" or "int8 fast", which are "fp8" and "int8" with products in that.
     variant: None or the user's choice, as `detect.describe`; `disable_dynamic` is core's, for weight hooks.
     """
     checkpoint = as_published(Checkpoint.open(path))
     found = describe(checkpoint, variant)
-    fast = quantised == "fp8 fast"
-    operations = quantised_operations(weight_dtype, fast) if quantised else padded_rows.Operations
-    kept = "fp8" if fast else quantised
-    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, quantised=kept)
+    kept, _, fast = (quantised or "").partition(" ")
+    product = kept if fast else None
+    operations = quantised_operations(weight_dtype, product) if quantised else padded_rows.Operations
+    network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, quantised=kept or None)
     model = HappyHorse(network, weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:

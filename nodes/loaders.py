@@ -5,17 +5,23 @@ from comfy_api.latest import io
 
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.detect import DIT_VARIANTS
+from ..model_loader.layouts import stored_as
 from . import files
 from .clip import load_clip
 from .host import default_weight_dtype, load_model
 from .memory import model_remarks
 from .notice import notice
-from .quantised import kinds_of, multiplies_fp8, stays_quantised, why_not_fp8
+from .quantised import kinds_of, multiplies, stays_quantised, why_not
 from .vae import load_audio, load_video
 
 CATEGORY = "HappyHorse/loaders"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FP8 = {"fp8_e4m3fn": "fp8", "fp8_e4m3fn_fast": "fp8 fast"}  # core's names for these choices -> `load_model`'s
+QUANTISED = {  # the choices by core's names, or after them -> `load_model`'s
+    "int8": "int8",
+    "int8_fast": "int8 fast",
+    "fp8_e4m3fn": "fp8",
+    "fp8_e4m3fn_fast": "fp8 fast",
+}
 
 
 def _file_input(id, part, what):
@@ -51,13 +57,14 @@ def _audio_vae_input():
 def _dtype_input():
     return io.Combo.Input(
         "weight_dtype",
-        options=["default", *DTYPES, *FP8],
+        options=["default", *DTYPES, *QUANTISED],
         default="default",
-        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: an fp8 or GGUF "
-        "file stays as it is, others become bf16 on a GPU that computes in it, else fp32. bf16: doubles the memory of "
-        "an fp8 file, or more of a GGUF one, so that LoRAs are not rounded as its weights are. fp32: doubles it again, "
-        "only for comparisons. fp8_e4m3fn: half the memory of bf16, from any file. fp8_e4m3fn_fast: multiplies in fp8 "
-        "too; faster on RTX 40 and later, a little less exact.",
+        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: an fp8, int8 or "
+        "GGUF file stays as it is, others become bf16 on a GPU that computes in it, else fp32. bf16: doubles the "
+        "memory of an fp8 or int8 file, or more of a GGUF one, so that LoRAs are not rounded as its weights are. fp32: "
+        "doubles it again, only for comparisons. int8: half the memory of bf16, from any file, and the most exact of "
+        "the small ones. int8_fast: multiplies in int8 too; faster on RTX 20 and later, a little less exact. "
+        "fp8_e4m3fn, fp8_e4m3fn_fast: the same in fp8, with three times the error; fast on RTX 40 and later.",
         advanced=True,
     )
 
@@ -88,31 +95,30 @@ def _variant_input():
 def _load_model(node, model, weight_dtype, variant):
     path = files.find(files.MODEL, model)
     dtype = DTYPES.get(weight_dtype) or default_weight_dtype()
-    quantised, checkpoint = FP8.get(weight_dtype), Checkpoint.open(path)
-    if quantised and why_not_fp8():
-        raise ValueError(f"weight_dtype is {weight_dtype}, but {why_not_fp8()}. Choose bf16.")
+    quantised, checkpoint = QUANTISED.get(weight_dtype), Checkpoint.open(path)
+    fault = quantised and why_not(quantised)
+    if fault:
+        raise ValueError(f"weight_dtype is {weight_dtype}, but {fault}. Choose bf16.")
     if weight_dtype == "default" and stays_quantised(checkpoint):
         quantised = "kept"
     loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, quantised)
-    kinds = kinds_of(checkpoint) if quantised == "kept" else ""
-    told = f"Variant: {loaded.model.variant}. Weights: {_told(dtype, quantised, kinds, loaded.load_device)}"
+    told = f"Variant: {loaded.model.variant}. Weights: {_told(checkpoint, dtype, quantised, loaded.load_device)}"
     notice(node, "\n".join([told, *model_remarks(loaded)]))
     return loaded
 
 
-def _told(dtype, quantised, kinds, device):
+def _told(checkpoint, dtype, quantised, device):
     """Return what the linears' weights are and what computes with them, in a few words."""
     wide = "bf16" if dtype is torch.bfloat16 else "fp32"
     if quantised is None:
         return wide
-    if kinds:
-        return f"GGUF ({kinds}), computed in {wide}"
-    if quantised == "fp8 fast" and multiplies_fp8(device):
-        return "fp8, multiplied in fp8"
-    slow = ""
-    if quantised == "fp8 fast":
-        slow = f"; inputs are rounded to fp8 for nothing, because {device} does not multiply it"
-    return f"fp8, computed in {wide}{slow}"
+    if quantised == "kept" and checkpoint.blocks:
+        return f"GGUF ({kinds_of(checkpoint)}), computed in {wide}"
+    kind, _, fast = (stored_as(checkpoint) if quantised == "kept" else quantised).partition(" ")
+    if fast and multiplies(kind, device):
+        return f"{kind}, multiplied in {kind}"
+    slow = f"; inputs are rounded to {kind} for nothing, because {device} does not multiply it faster" if fast else ""
+    return f"{kind}, computed in {wide}{slow}"
 
 
 def _load_clip(text_encoder, device):

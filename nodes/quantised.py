@@ -1,4 +1,4 @@
-"""Networks with fp8 or GGUF weights in memory: ComfyUI core's quantised linears, a layer at a time restored or not."""
+"""Networks with fp8, int8 or GGUF weights in memory: core's quantised linears, restored a layer at a time or not."""
 
 import json
 import logging
@@ -9,13 +9,15 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 from torch.cuda import get_device_capability as capability
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from ..kernels import FP8, Fp8Rows, fp8_linear, quantise_rows
 from ..kernels.dispatch import FP8_CAPABILITY
 from ..kernels.fp8 import dequantise_rows
-from ..model_loader.layouts import holds_fp8
+from ..model_loader.layouts import stored_as
 from .padded_rows import PaddedRows
+
+INT8_CAPABILITY = (7, 5)  # RTX 20 and later, by comfy-kitchen's kernels
 
 
 def _why_not_quantised():
@@ -25,26 +27,25 @@ def _why_not_quantised():
     return None
 
 
-def why_not_fp8():
-    """Return why weights cannot be fp8 in memory here, or None."""
-    device = comfy.model_management.get_torch_device()
-    if not comfy.model_management.supports_cast(device, FP8):
+def why_not(quantised):
+    """Return why weights cannot be `quantised` here ("GGUF", "int8", "fp8", and " fast" of those two), or None."""
+    device, kind = comfy.model_management.get_torch_device(), quantised.removesuffix(" fast")
+    if kind == "fp8" and not comfy.model_management.supports_cast(device, FP8):
         return f"{device} does not know fp8"
-    return _why_not_quantised()
+    fault = _why_not_quantised()
+    if fault is None and quantised == "int8 fast" and not hasattr(comfy.quant_ops.ck, "int8_linear"):
+        return "this ComfyUI's comfy-kitchen has no int8 products (ComfyUI 0.30's has)"
+    return fault
 
 
 def stays_quantised(checkpoint):
-    """Tell whether an open Checkpoint's weights are fp8 or blocks of GGUF and can stay so; if not, the log says why."""
-    if checkpoint.blocks:
-        what, fault = "GGUF", _why_not_quantised()
-    elif holds_fp8(checkpoint):
-        what, fault = "fp8", why_not_fp8()
-    else:
-        return False
+    """Tell whether an open Checkpoint's weights are quantised and can stay so; if they cannot, the log says why."""
+    kind = stored_as(checkpoint)
+    fault = kind and why_not(kind)
     if fault:
         told = "%s: its %s weights do not stay %s and take more memory, because %s."
-        logging.warning(told, checkpoint.label, what, what, fault)
-    return fault is None
+        logging.warning(told, checkpoint.label, kind, kind, fault)
+    return kind is not None and fault is None
 
 
 def kinds_of(checkpoint):
@@ -52,21 +53,34 @@ def kinds_of(checkpoint):
     return ", ".join(kind for kind, _ in Counter(checkpoint.blocks.values()).most_common())
 
 
-def multiplies_fp8(device):
-    """Tell whether a card multiplies fp8 matrices with a scale for each row; elsewhere bf16 does it, more slowly."""
-    return device.type == "cuda" and torch.version.hip is None and capability(device) >= FP8_CAPABILITY
+def multiplies(kind, device):
+    """Tell whether a card multiplies "fp8" or "int8" matrices with a scale for each row."""
+    needed = {"fp8": FP8_CAPABILITY, "int8": INT8_CAPABILITY}[kind]
+    return device.type == "cuda" and torch.version.hip is None and capability(device) >= needed
 
 
-def quantised_operations(compute_dtype, fast=False):
+def _fp8_product(x, weight, linear):
+    rows = Fp8Rows(weight._qdata, weight._params.scale)
+    return fp8_linear(x, rows, linear.out_features, weight.dtype)
+
+
+def _int8_product(x, weight, linear):
+    x = pad(x, (0, weight._qdata.shape[1] - x.shape[-1]))
+    out = comfy.quant_ops.ck.int8_linear(x, weight._qdata, weight._params.scale, None, weight.dtype)
+    return out[..., : linear.out_features]
+
+
+def quantised_operations(compute_dtype, product=None):
     """Return operations like comfy.ops.manual_cast whose Linears in `compute_dtype` load what `load.fill` keeps so.
 
     The weights are core's QuantizedTensor, so that its offload, weight streaming and LoRA know them. They are turned
-    into the input's dtype when a layer runs; or, where `fast`, multiplied as fp8 with inputs quantised row by row. That
-    makes nano's error about 1.3 times as large. Core's own fp8 products have one scale for all rows, and only sizes
-    that are multiples of 16: a sixth of the full-size model's work.
+    into the input's dtype when a layer runs; or, with product "fp8" or "int8", all of that dtype, multiplied as they
+    are with inputs quantised row by row. In fp8 that makes nano's error about 1.3 times as large, in int8 twice. int8
+    is multiplied by comfy-kitchen. Core's own fp8 products have one scale for all rows, and only sizes that are
+    multiples of 16: a sixth of the full-size model's work.
     """
-    from .fp8_rows import PaddedRowScaledFP8, RowScaledFP8, use_row_scales
     from .gguf_blocks import use_blocks
+    from .scaled_rows import use_scaled_rows
 
     core = comfy.ops.mixed_precision_ops(compute_dtype=compute_dtype, full_precision_mm=True)
 
@@ -75,48 +89,52 @@ def quantised_operations(compute_dtype, fast=False):
             super().__init__(in_features, out_features, bias)  # no device: core would bring the loaded weight there
 
         def _load_from_state_dict(self, state_dict, prefix, *args):
-            letters = state_dict.pop(f"{prefix}weight_blocks", None)
-            if letters is not None:  # core knows no blocks; there is no bias beside them
-                use_blocks(self, state_dict.pop(f"{prefix}weight"), bytes(letters.tolist()).decode(), compute_dtype)
-                return
             weight, scale = state_dict[f"{prefix}weight"], state_dict.get(f"{prefix}weight_scale")
-            if fast and scale is not None and weight.dtype != FP8:  # e5m2
-                rows = quantise_rows(weight.float() * scale)
-                weight, scale = rows.values[:, : self.in_features], rows.scale
-                state_dict.update({f"{prefix}weight": weight, f"{prefix}weight_scale": scale})
-            if scale is not None:
-                form = json.dumps({"format": str(weight.dtype).removeprefix("torch.")})
-                state_dict[f"{prefix}comfy_quant"] = torch.tensor(list(form.encode()), dtype=torch.uint8)
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            if scale is not None and (scale.ndim or fast):
-                use_row_scales(self, PaddedRowScaledFP8 if fast else RowScaledFP8)
+            letters = state_dict.pop(f"{prefix}weight_blocks", None)
+            if letters is not None:
+                use_blocks(self, weight, bytes(letters.tolist()).decode(), compute_dtype)
+            elif scale is not None and (product or scale.ndim or weight.dtype == torch.int8):
+                if product == "fp8" and weight.dtype != FP8:  # e5m2
+                    rows = quantise_rows(weight.float() * scale)
+                    weight, scale = rows.values[:, : self.in_features], rows.scale
+                use_scaled_rows(self, weight, scale, compute_dtype, multiplied=product is not None)
+            else:
+                if scale is not None:
+                    form = json.dumps({"format": str(weight.dtype).removeprefix("torch.")})
+                    state_dict[f"{prefix}comfy_quant"] = torch.tensor(list(form.encode()), dtype=torch.uint8)
+                super()._load_from_state_dict(state_dict, prefix, *args)
+                return
+            for name in ("weight", "weight_scale"):  # taken; there is no bias beside them
+                state_dict.pop(f"{prefix}{name}", None)
 
     class FastLinear(QuantisedLinear):
         def forward(self, x):
             if not isinstance(self.weight, comfy.quant_ops.QuantizedTensor):  # one that the file has wide
                 return super().forward(x)
             comfy.ops.run_every_op()
-            rows = x if isinstance(x, Fp8Rows) else quantise_rows(x)
+            if product == "fp8" and not isinstance(x, Fp8Rows):
+                x = quantise_rows(x)
+            device = x.values.device if isinstance(x, Fp8Rows) else x.device
             weight, bias, stream = comfy.ops.cast_bias_weight(
-                self, dtype=compute_dtype, device=rows.values.device, bias_dtype=compute_dtype, offloadable=True,
+                self, dtype=compute_dtype, device=device, bias_dtype=compute_dtype, offloadable=True,
                 compute_dtype=compute_dtype, want_requant=True,
             )  # fmt: skip
             if isinstance(weight, comfy.quant_ops.QuantizedTensor):
-                held = Fp8Rows(weight._qdata, weight._params.scale)
-                out = fp8_linear(rows, held, self.out_features, compute_dtype)
+                out = (_fp8_product if product == "fp8" else _int8_product)(x, weight, self)
             else:  # with a LoRA that is added as the layer runs
-                out = linear(dequantise_rows(rows, self.in_features).to(compute_dtype), weight)
+                x = dequantise_rows(x, self.in_features) if isinstance(x, Fp8Rows) else x[..., : self.in_features]
+                out = linear(x.to(compute_dtype), weight)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return out
 
     def choose(in_features, out_features, bias=True, *, dtype, device):
         if dtype == compute_dtype:
-            return (FastLinear if fast else QuantisedLinear)(in_features, out_features, bias)
+            return (FastLinear if product else QuantisedLinear)(in_features, out_features, bias)
         return comfy.ops.manual_cast.Linear(in_features, out_features, bias, dtype=dtype, device=device)
 
     class Operations(comfy.ops.manual_cast):
         Linear = staticmethod(choose)
-        INPUT_DTYPE = FP8 if fast else compute_dtype
+        INPUT_DTYPE = FP8 if product == "fp8" else compute_dtype
         TAKES_PADDED_ROWS = True
 
     return Operations

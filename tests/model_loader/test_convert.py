@@ -111,6 +111,26 @@ def test_fp8_is_within_half_a_step_and_the_rest_is_exact(tmp_path, dit, write):
     )
 
 
+def test_int8_has_a_scale_a_row_and_is_within_half_a_step(tmp_path, dit):
+    source, target = write_sharded(published(dit), tmp_path), tmp_path / "new.safetensors"
+    convert(source, target, "int8")
+    meant, stored = published(load_dit(source, dtype=torch.float32)), load_file(target)
+    loaded = published(load_dit(target, dtype=torch.float32))
+    linears = [name for name in meant if is_linear(name)]
+    assert stored.keys() == meant.keys() | {f"{name}_scale" for name in linears}
+    for name, tensor in meant.items():
+        if name in linears:
+            values, scale = stored[name], stored[f"{name}_scale"]
+            assert values.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (len(values), 1)
+            assert ((values * scale - tensor).abs() <= scale * 0.5001).all()
+            assert (values.abs().amax(1) == 127).all()
+            assert torch.equal(loaded[name], values * scale)
+        else:
+            assert stored[name].dtype == torch.float32 and torch.equal(stored[name], tensor), name
+    quantised = json.loads(Checkpoint.open(target).metadata["_quantization_metadata"])
+    assert quantised["layers"] == {name.removesuffix(".weight"): {"format": "int8_tensorwise"} for name in linears}
+
+
 def test_the_variant_reaches_the_file(tmp_path, sr_dit):
     save_file(published(sr_dit), tmp_path / "merge.safetensors")
     with pytest.raises(CheckpointError, match="neither metadata nor name tells the variant"):

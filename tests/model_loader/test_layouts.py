@@ -1,9 +1,12 @@
-"""Layouts of other packs: fp8 styles and split experts give the published weights, fp8 if wanted, or a named fault."""
+"""Others' layouts: fp8, int8 and split experts give the published weights, small if wanted, or a named fault."""
+
+import json
 
 import pytest
 import torch
 from layouts_on_disk import is_linear, split
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
+from pack.model_loader.int8 import quantise_int8, rotated_back
 from pack.model_loader.layouts import as_published
 from pack.model_loader.load import fill, load_dit, published_tensors
 from safetensors.torch import save_file
@@ -65,11 +68,12 @@ def test_split_experts_in_fp8(tmp_path, dit):
 
 
 class Host:
-    """Operations of a host whose Linear takes an fp8 weight with its scale."""
+    """Operations of a host whose Linear takes an fp8 or int8 weight with its scale."""
 
     class Linear(nn.Linear):
         def _load_from_state_dict(self, state_dict, prefix, *args):
             self.scale = state_dict.pop(f"{prefix}weight_scale", None)
+            self.weight.requires_grad_(False)  # which an int8 parameter cannot
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -142,9 +146,9 @@ def test_a_published_file_is_left_alone(dit):
     [
         ({"{stem}.weight_scale": torch.tensor(float("nan"))}, "weight_scale holds a scale that is not finite"),
         ({"{stem}.weight_scale": torch.ones(5)}, r"weight_scale has shape \[5\], expected one number or one for each"),
-        ({"{stem}.weight": torch.ones(2, 2, dtype=torch.uint8)}, "only fp8 matrices can be read"),
+        ({"{stem}.weight": torch.ones(2, 2, dtype=torch.uint8)}, "only fp8 and int8 matrices can be read"),
         ({"{stem}.weight": None}, "weight, which is not in the file"),
-        ({"{stem}.weight_scale": None}, "1 fp8 tensors have no scale"),
+        ({"{stem}.weight_scale": None}, "1 quantised tensors have no scale"),
     ],
 )
 def test_bad_scales_name_file_and_tensor(tmp_path, dit, change, told):
@@ -154,6 +158,74 @@ def test_bad_scales_name_file_and_tensor(tmp_path, dit, change, told):
     save_file({n: t for n, t in stored.items() if t is not None}, tmp_path / "distill.safetensors")
     with pytest.raises(CheckpointError, match=rf"distill\.safetensors: (?=.*{stem}).*{told}"):
         load_dit(tmp_path / "distill.safetensors")
+
+
+def int8(tensors, told=None, in_header=False):
+    """Return ({name: tensor} with the linears in int8, a scale a row; their metadata); `told` says more of each."""
+    stored, layers = dict(tensors), {}
+    for name in filter(is_linear, tensors):
+        layer = name.removesuffix(".weight")
+        stored[name], stored[f"{name}_scale"] = quantise_int8(tensors[name])
+        layers[layer] = {"format": "int8_tensorwise"} | (told or {})
+        if not in_header:
+            stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+    return stored, {"_quantization_metadata": json.dumps({"layers": layers})} if in_header else {}
+
+
+@pytest.mark.parametrize("in_header", [False, True])
+def test_int8_loads_and_is_kept_without_a_copy(tmp_path, dit, in_header):
+    stored, metadata = int8(published(dit), in_header=in_header)
+    meant = {name: tensor for name, tensor in stored.items() if "comfy_quant" not in name and "_scale" not in name}
+    meant |= {name: meant[name] * stored[f"{name}_scale"] for name in filter(is_linear, meant)}
+    save_file(stored, tmp_path / "distill.safetensors", metadata)
+    wanted = fill("dit", dit.config, Checkpoint.of_tensors(meant), dtype=torch.float32)
+    found = load_dit(tmp_path / "distill.safetensors", dtype=torch.float32).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.state_dict().items())
+    places = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+    for name, linear in kept(stored, dit.config).items():
+        assert linear.weight.dtype == torch.int8 and linear.weight.untyped_storage().data_ptr() in places
+        assert torch.equal(linear.weight * linear.scale, wanted.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("in_header", [False, True])
+@pytest.mark.parametrize("told", [{"convrot": True, "convrot_groupsize": 16}, {"params": {"convrot": True}}])
+def test_rotated_int8_is_rotated_back(dit, told, in_header):
+    group = told.get("convrot_groupsize", 256)
+    tensors = {name: tensor for name, tensor in published(dit).items() if tensor.shape[-1] % group == 0}
+    if group == 256:
+        tensors = {"block.layers.1.mlp.down_proj.weight": torch.randn(4, 512)}
+    turned = {n: rotated_back(tensor, group) if is_linear(n) else tensor for n, tensor in tensors.items()}
+    stored, metadata = int8(turned, told, in_header)
+    checkpoint = as_published(Checkpoint.of_tensors(stored, metadata=metadata))
+    linears = list(filter(is_linear, tensors))
+    assert linears and checkpoint.headers.keys() == tensors.keys()
+    for name in linears:
+        exact = checkpoint.read(name)
+        values, scale = checkpoint.read_scaled(name)
+        assert values.dtype == torch.int8 and scale.shape == (len(values), 1)
+        for found, bound in ((exact, 0.015), (values * scale, 0.02)):
+            assert 0 < (found - tensors[name]).norm() / tensors[name].norm() < bound
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"format": "convrot_w4a4"}, "convrot_w4a4.*of ComfyUI's formats fp8 and int8 are read"),
+        ({"convrot": True, "convrot_groupsize": 8}, "groups of 8 columns, which must be a power of four"),
+        ({"convrot": True, "convrot_groupsize": 1024}, "groups of 1024 columns"),
+        ({"convrot": True, "convrot_groupsize": "wide"}, "how .* is quantised cannot be read"),
+    ],
+)
+def test_int8_that_cannot_be_read_is_refused_by_name(dit, told, expected):
+    stored, metadata = int8(published(dit), told)
+    with pytest.raises(CheckpointError, match=f"memory: (?=.*block.layers).*{expected}"):
+        as_published(Checkpoint.of_tensors(stored, metadata=metadata))
+
+
+def test_int8_without_scales_is_refused(dit):
+    stored = {name: t.to(torch.int8) if is_linear(name) else t for name, t in published(dit).items()}
+    with pytest.raises(CheckpointError, match="memory: .*quantised tensors have no scale"):
+        as_published(Checkpoint.of_tensors(stored))
 
 
 def test_an_incomplete_split_names_what_is_missing(tmp_path, dit):

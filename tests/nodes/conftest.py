@@ -113,11 +113,11 @@ def model_of(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def fp8_files(weights, tmp_path_factory):
-    """The tiny transformer in fp8, by style: {style: path}."""
+def quantised_files(weights, tmp_path_factory):
+    """The tiny transformer in fp8 and int8, by style: {style: path}."""
     from quantised_checks import write_styles
 
-    return write_styles(weights / files.MODEL.nano, tmp_path_factory.mktemp("fp8"))
+    return write_styles(weights / files.MODEL.nano, tmp_path_factory.mktemp("quantised"))
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,15 @@
-"""fp8 checkpoints of every style, a LoRA, what two networks are compared by, and what every quantised one does."""
+"""fp8 and int8 checkpoints of every style, a LoRA, how networks are compared, and what every quantised one does."""
+
+import json
 
 import comfy.model_management
+import comfy.quant_ops
 import comfy.sd
+import pytest
 import torch
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.convert import convert
+from pack.model_loader.int8 import quantise_int8, rotated_back
 from pack.nodes import files
 from pack.nodes.clip import load_clip
 from pack.nodes.lora import register_lora_names
@@ -13,9 +18,15 @@ from safetensors.torch import load_file, save_file
 CPU = torch.device("cpu")
 STRENGTH = 0.7  # of the LoRA
 BAR = 0.04  # relative RMS a forward, fp8 against what it was made from
-STYLES = ["ours", "magihuman", "plain", "rows", "wide"]
+FP8_STYLES = ["ours", "magihuman", "plain", "rows", "wide"]
+INT8_STYLES = ["int8", "int8_one_scale", "int8_rotated"]
+STYLES = [*FP8_STYLES, *INT8_STYLES]
+ROWS = ["rows", "int8", "int8_one_scale", "int8_rotated"]  # those with a scale a row in memory
 SHARED, EXPERTS = "block.layers.1.mlp.down_proj", "block.layers.0.attention.linear_proj"
 ATTENTION = "block.layers.1.attention"
+int8_products = pytest.mark.skipif(
+    not hasattr(comfy.quant_ops.ck, "int8_linear"), reason="this ComfyUI's comfy-kitchen has no int8 products"
+)
 
 
 def is_linear(name):
@@ -23,8 +34,9 @@ def is_linear(name):
 
 
 def write_styles(source, folder):
-    """Write the transformer `source` in fp8, once a style; return {style: path}."""
+    """Write the transformer `source` in fp8 and int8, once a style; return {style: path}."""
     convert(source, folder / "ours.safetensors", "fp8")
+    convert(source, folder / "int8.safetensors", "int8")
     metadata = Checkpoint.open(source).metadata
     plain, wide, magihuman, rows = ({} for _ in range(4))
     for name, tensor in load_file(source).items():
@@ -39,7 +51,24 @@ def write_styles(source, folder):
                 tensors[name], tensors[name + ending] = (tensor / scale).to(torch.float8_e4m3fn), scale
     for name, tensors in {"plain": plain, "wide": wide, "magihuman": magihuman, "rows": rows}.items():
         save_file(tensors, folder / f"{name}.safetensors", metadata)
+    for name, options in (("int8_one_scale", {}), ("int8_rotated", {"convrot": True, "convrot_groupsize": 4})):
+        save_file(int8_as_comfyui_has_it(load_file(source), **options), folder / f"{name}.safetensors", metadata)
     return {path.stem: path for path in folder.iterdir()}
+
+
+def int8_as_comfyui_has_it(tensors, **options):
+    """Quantise the linears of {name: tensor} with one scale each, or one a row and rotated; `comfy_quant` beside."""
+    stored = dict(tensors)
+    for name, tensor in tensors.items():
+        if is_linear(name):
+            scale = tensor.abs().max() / 127
+            values = (tensor / scale).round().to(torch.int8)
+            if options:
+                values, scale = quantise_int8(rotated_back(tensor, options["convrot_groupsize"]))
+            told = json.dumps({"format": "int8_tensorwise"} | options)
+            stored[name], stored[f"{name}_scale"] = values, scale
+            stored[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(told.encode()), dtype=torch.uint8)
+    return stored
 
 
 def relative(found, wanted):

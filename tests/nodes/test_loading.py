@@ -82,7 +82,7 @@ def test_a_gguf_text_encoder_is_listed_but_not_as_a_vae_and_loads(loaded, weight
     assert torch.equal(found, meant)
 
 
-@pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn"])
+@pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn", "int8"])
 def test_a_gguf_transformer_is_listed_but_not_as_a_vae_and_loads(loaded, weights, weight_dtype):
     name = "tiny_distill.gguf"
     write(weights / name, load_file(weights / files.MODEL.nano), architecture="magihuman")
@@ -96,7 +96,7 @@ def test_a_gguf_transformer_is_listed_but_not_as_a_vae_and_loads(loaded, weights
         (weights / name).unlink()
 
 
-@pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn"])
+@pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn", "int8"])
 def test_a_model_that_comfyui_saved_loads_again_with_its_lora(loaded, weights, lora, weight_dtype):
     """Core's node "Save Model" writes our names, in which experts are apart."""
     model = LoadModel.execute(files.MODEL.nano, weight_dtype).args[0]

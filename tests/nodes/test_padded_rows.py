@@ -39,16 +39,20 @@ def test_what_is_added_to_a_weight_as_it_runs_counts(linear):
     assert torch.equal(linear.weight, WIDE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize("fast", [False, True])
-def test_fp8_linears_take_such_rows(fast):
-    operations = quantised_operations(torch.bfloat16, fast)
+def test_quantised_linears_take_such_rows(fast, dtype):
+    kind, largest = ("int8", 127) if dtype == torch.int8 else ("fp8", 448)
+    operations = quantised_operations(torch.bfloat16, kind if fast else None)
     assert operations.TAKES_PADDED_ROWS
     linear = operations.Linear(20, 6, False, dtype=torch.bfloat16, device=None)
-    scale = WIDE.abs().amax(1, keepdim=True) / 448
-    linear.load_state_dict({"weight": (WIDE / scale).to(torch.float8_e4m3fn), "weight_scale": scale}, strict=False)
+    scale = WIDE.abs().amax(1, keepdim=True) / largest
+    values = (WIDE / scale).round().to(dtype) if dtype == torch.int8 else (WIDE / scale).to(dtype)
+    linear.load_state_dict({"weight": values, "weight_scale": scale})
     found, wanted = linear(PADDED.bfloat16()), linear(X.bfloat16())
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
-    assert (wanted.float() - F.linear(X, WIDE)).norm() < 0.08 * F.linear(X, WIDE).norm()
+    error = (wanted.float() - F.linear(X, WIDE)).norm() / F.linear(X, WIDE).norm()
+    assert 0 < error < (0.02 if dtype == torch.int8 else 0.08)
 
 
 def test_the_loader_builds_the_transformer_of_them(loaded):
