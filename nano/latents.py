@@ -20,13 +20,13 @@ def scene_of(index):
     return world.draw_scene(np.random.default_rng((41, index)))
 
 
-def encode_clips(count, scale=1, size=8):
-    """Return (video [count,48,13,6*scale,6*scale], audio [count,51,64]) of the first `count` scenes.
+def encode_clips(count, scale=1, size=8, first=0):
+    """Return (video [count,48,13,6*scale,6*scale], audio [count,51,64]) of `count` scenes from number `first` on.
 
     float16 on disk; goes on where a killed run stopped. scale: of the pictures' sides, 1 or 2.
     """
     RUNS.mkdir(exist_ok=True)
-    name = str(count) if scale == 1 else f"{count}_x{scale}"
+    name = (f"from{first}_" if first else "") + str(count) + (f"_x{scale}" if scale > 1 else "")
     done_file = RUNS / f"latents_done_{name}.txt"
     side = world.SIZE * scale // 16
     shapes = {"video": (count, 48, LATENTS, side, side), "audio": (count, SOUNDS, 64)}
@@ -46,7 +46,7 @@ def encode_clips(count, scale=1, size=8):
     )
     with torch.no_grad():
         for start in range(done, count, size):
-            scenes = [scene_of(i) for i in range(start, min(count, start + size))]
+            scenes = [scene_of(first + i) for i in range(start, min(count, start + size))]
             pixels = torch.from_numpy(np.stack([world.render_frames(s, FRAMES, scale) for s in scenes])) * 2 - 1
             sound = torch.from_numpy(np.stack([world.render_sound(s, SOUNDS) for s in scenes]))
             with torch.autocast("cpu", torch.bfloat16):
@@ -59,14 +59,17 @@ def encode_clips(count, scale=1, size=8):
     return kept["video"], kept["audio"]
 
 
-def encode_prompts(count, each=4):
-    """Return {token count: (clip numbers [n], features float16 [n,tokens,96])} of `each` prompts a clip."""
+def encode_prompts(count, each=4, first=0):
+    """Return {token count: (clips [n], features float16 [n,tokens,96])} of `each` prompts a clip.
+
+    clips: places among those that `encode_clips` returns for the same arguments.
+    """
     path = WEIGHTS / "nano_text_encoder.safetensors"
     encoder = load_text_encoder(path, dtype=torch.float32)
     tokenizer = Tokenizer.from_str(tokenizer_json(path))
-    rng = np.random.default_rng(42)
+    rng = np.random.default_rng((42, first) if first else 42)
     clips = np.repeat(np.arange(count), each)
-    prompts = [draw_prompt(scene_of(i), rng) for i in clips]
+    prompts = [draw_prompt(scene_of(first + i), rng) for i in clips]
     buckets = defaultdict(list)
     for clip, coded in zip(clips, tokenizer.encode_batch(prompts), strict=True):
         buckets[len(coded.ids)].append((clip, coded.ids))
@@ -91,7 +94,9 @@ def empty_prompt():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=12000)
-    video, audio = encode_clips(parser.parse_args().clips)
+    parser.add_argument("--first", type=int, default=0, help="number of the first one")
+    options = parser.parse_args()
+    video, audio = encode_clips(options.clips, first=options.first)
     print(
         "video", video.shape, "std", float(np.float32(video[:200]).std()), "audio", float(np.float32(audio[:200]).std())
     )

@@ -42,9 +42,9 @@ SHARES_FIRST, SHARES_LAST = np.array([0.5, 0.35, 0.15]), np.array([0.1, 0.3, 0.6
 class Examples:
     """Batches of clean latents with their text features, chosen by the step alone."""
 
-    def __init__(self, clips):
-        self.video, self.audio = (np.asarray(part) for part in encode_clips(clips))
-        self.prompts = encode_prompts(clips)
+    def __init__(self, clips, first=0):
+        self.video, self.audio = (np.asarray(part) for part in encode_clips(clips, first=first))
+        self.prompts = encode_prompts(clips, first=first)
         self.lengths = sorted(self.prompts)
         counts = np.array([len(self.prompts[n][0]) for n in self.lengths], float)
         self.shares = counts / counts.sum()

@@ -98,13 +98,18 @@ def _load_model(node, model, weight_dtype, variant):
     quantised, checkpoint = QUANTISED.get(weight_dtype), Checkpoint.open(path)
     fault = quantised and why_not(quantised)
     if fault:
-        raise ValueError(f"weight_dtype is {weight_dtype}, but {fault}. Choose bf16.")
+        raise ValueError(f"weight_dtype is {weight_dtype}, but {fault}. Choose {_instead(quantised)}.")
     if weight_dtype == "default" and stays_quantised(checkpoint):
         quantised = "kept"
     loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, quantised)
     told = f"Variant: {loaded.model.variant}. Weights: {_told(checkpoint, dtype, quantised, loaded.load_device)}"
     notice(node, "\n".join([told, *model_remarks(loaded)]))
     return loaded
+
+
+def _instead(quantised):
+    """Return the smallest weight_dtype that can stand in for one that cannot be had here."""
+    return "int8" if quantised != "int8" and not why_not("int8") else "bf16"
 
 
 def _told(checkpoint, dtype, quantised, device):

@@ -43,8 +43,10 @@ def stays_quantised(checkpoint):
     kind = stored_as(checkpoint)
     fault = kind and why_not(kind)
     if fault:
-        told = "%s: its %s weights do not stay %s and take more memory, because %s."
-        logging.warning(told, checkpoint.label, kind, kind, fault)
+        told = "%s: its %s weights do not stay %s and take more memory, because %s.%s"
+        small = kind == "fp8" and not why_not("int8")
+        hint = " Choose weight_dtype int8, or convert the file to it: that is as small." if small else ""
+        logging.warning(told, checkpoint.label, kind, kind, fault, hint)
     return kind is not None and fault is None
 
 

@@ -9,7 +9,12 @@ from ..model_loader.load import expected_tensors
 from ..model_loader.turbo_vae import PIECE_BYTES as DECODE_PIECE_BYTES
 from .sizes import PIXEL_MULTIPLE
 
-LINEAR_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}  # a weight of the linear layers; the rest has a dtype of its own
+LINEAR_BYTES = {
+    "int8": 1,
+    "fp8": 1,
+    "bf16": 2,
+    "fp32": 4,
+}  # a weight of the linear layers; the rest has a dtype of its own
 TEXT_TOKENS = 640  # at most
 # Peak of one forward in plain torch, in bytes for every hidden channel of every token (residual, queries, keys, values,
 # outputs), and of the tokens that pass the linears at a time (model_loader/dit_layers.py): 4.9 GB for five seconds of
@@ -57,7 +62,7 @@ def clip_too_large(stage, have, on_card):
         return []
     return [
         f"{stage.name} takes {needed / 1e9:.1f} GB of {'the card' if on_card else 'RAM'}, which has {have / 1e9:.1f}: "
-        "expect it to run out of memory. Choose a smaller size or fewer seconds; fp8 weights take less too."
+        "expect it to run out of memory. Choose a smaller size or fewer seconds; int8 or fp8 weights take less too."
     ]
 
 
@@ -67,7 +72,7 @@ def model_too_large(weights, have):
         return []
     return [
         f"The weights take {weights / 1e9:.1f} GB, this computer has {have / 1e9:.1f} for them: expect it to fail or "
-        "crawl. Use an fp8 file (`python3 run.py convert` makes one)."
+        "crawl. Use an int8 or fp8 file (`python3 run.py convert` makes one)."
     ]
 
 

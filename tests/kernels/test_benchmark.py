@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.benchmarks import attention_rows, fp8, growth, measure, run, stages
+from pack.benchmarks import attention_rows, growth, measure, quantised, run, stages
 from pack.model_loader.tokens import TokenLayout
 
 
@@ -68,25 +68,38 @@ def test_exponent_of_a_power():
     assert growth.exponent([1, 2, 5, 9], [3 * size**1.7 for size in (1, 2, 5, 9)]) == pytest.approx(1.7)
 
 
-def test_fp8_weights_are_rounded_and_nothing_else():
+@pytest.mark.parametrize(
+    ("rounded_rows", "error"),
+    [(quantised.fp8_rows, (0.02, 0.03)), (quantised.int8_rows, (0.003, 0.01))],  # three bits after the point; 127 steps
+)
+def test_weights_are_rounded_and_nothing_else(rounded_rows, error):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(64, 48, dtype=torch.bfloat16), torch.nn.Linear(48, 8))
     with torch.inference_mode():
-        rounded = fp8.with_fp8_weights(network)
+        rounded = quantised.with_rounded_weights(network, rounded_rows)
         wide, narrow = network[0].weight.float(), rounded[0].weight.float()
         assert torch.equal(rounded[0].bias, network[0].bias) and torch.equal(rounded[1].weight, network[1].weight)
-        assert 0.01 < (narrow - wide).norm() / wide.norm() < 0.04  # three bits after the point
+        assert error[0] < (narrow - wide).norm() / wide.norm() < error[1]
         assert (narrow - wide).abs().max() <= 0.07 * wide.abs().max()
+
+
+def test_inputs_are_rounded_to_int8_a_row():
+    linear = torch.nn.Linear(64, 48, dtype=torch.bfloat16)
+    x = torch.randn(5, 64) * torch.tensor([1e-3, 1, 1, 1, 1e3])[:, None]
+    with torch.inference_mode():
+        found, exact = quantised.with_int8_inputs(linear)(x.bfloat16()), linear(x.bfloat16())
+        error = (found - exact).float().norm(dim=1) / (exact - linear.bias).float().norm(dim=1)
+    assert (error > 0.002).all() and (error[1:] < 0.02).all()
 
 
 def test_an_error_is_that_of_the_worse_stream_in_percent():
     wanted = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
     network = lambda video, audio, text: (video, audio)  # noqa: E731
     clip = torch.tensor([3.0, 4.5]), torch.tensor([1.0, 0.2]), None
-    assert fp8.errors([network], wanted, clip) == [pytest.approx(20, rel=1e-5)]
+    assert quantised.errors([network], wanted, clip) == [pytest.approx(20, rel=1e-5)]
 
 
-def test_the_table_of_fp8_has_nanos_steps_and_every_golden_transformer(tmp_path):
-    lines = fp8.main(["--clips", "1", "--out", str(tmp_path)]).read_text().splitlines()
+def test_the_table_of_roundings_has_nanos_steps_and_every_golden_transformer(tmp_path):
+    lines = quantised.main(["--clips", "1", "--out", str(tmp_path)]).read_text().splitlines()
     assert len(lines) == 4 + 8 + 4
     assert all(0 < float(line.split("|")[3].split(",")[0]) < 8 for line in lines[4:12])

@@ -124,6 +124,7 @@ def test_where_they_cannot_stay_they_are_multiplied_out_and_the_log_says_why(
         model = LoadModel.execute(listed, "default").args[0]
     told = f"distill_{kind}.safetensors: its {kind} weights do not stay {kind} and take more memory, because "
     assert caplog.text.count(told + reason) == 1
+    assert ("Choose weight_dtype int8" in caplog.text) == (reason == "cpu does not know fp8")
     assert model.model.diffusion_model.block.layers[1].mlp.down_proj.weight.dtype == torch.float32
 
 

@@ -1,8 +1,9 @@
-"""How far fp8 is from bf16, forward by forward: `python as_package.py benchmarks.fp8`.
+"""How far fp8 and int8 are from bf16, forward by forward: `python as_package.py benchmarks.quantised`.
 
 nano on prompts at every step of its sampler, all networks given the states of the bf16 one; and the golden
 transformers, whose weights are random. Relative RMS of either velocity, the larger of the two; the bar is 4 %.
-Attention in fp8 is what fp8 leaves of queries, keys and values; a card rounds the softmax's weights too.
+A scale a row for weights and for inputs. Attention in fp8 is what fp8 leaves of queries, keys and values; a card rounds
+the softmax's weights too.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from ..kernels.fp8 import dequantise_rows, quantise_rows
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.fp8_linear import with_fp8_linears
+from ..model_loader.int8 import quantise_int8
 from ..model_loader.load import fill
 from ..nano.cases import InProcess, draw_cases
 from ..nano.latents import LATENTS, SOUNDS
@@ -26,23 +28,55 @@ from ..verify.dit import config_of
 from .measure import card_name, head, write_table
 
 STEPS = 8
-WAYS = ("fp8 weights", "fp8 weights and inputs", "fp8 attention", "fp8 weights, inputs and attention")
+WAYS = (
+    "int8 weights",
+    "int8 weights and inputs",
+    "fp8 weights",
+    "fp8 weights and inputs",
+    "fp8 attention",
+    "fp8 weights, inputs and attention",
+)
 
 
-def in_fp8(network):
+def in_every_way(network):
     """Return a DiT in bf16 by each of the WAYS."""
     narrow = with_fp8_linears(network)
     attention = (partial(way, fp8_attention=True) for way in (network, narrow))
-    return with_fp8_weights(network), narrow, *attention
+    int8 = with_rounded_weights(network, int8_rows)
+    return int8, with_int8_inputs(int8), with_rounded_weights(network, fp8_rows), narrow, *attention
 
 
-def with_fp8_weights(network):
-    """Return a copy of a DiT whose bf16 linears have weights rounded to fp8, one scale a row, and inputs in bf16."""
+def int8_rows(x):
+    """Return what int8 with a scale a row leaves of x [..., C], in fp32."""
+    values, scale = quantise_int8(x)
+    return values * scale
+
+
+def fp8_rows(x):
+    """Return what e4m3 with a scale a row leaves of x [..., C], in fp32."""
+    return dequantise_rows(quantise_rows(x), x.shape[-1])
+
+
+def with_rounded_weights(network, rounded_rows):
+    """Return a copy of a DiT whose bf16 linears have rounded weights, and inputs in bf16."""
     rounded = copy.deepcopy(network)
-    for module in rounded.modules():
-        if isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16:
-            module.weight.copy_(dequantise_rows(quantise_rows(module.weight), module.in_features))
+    for linear in bf16_linears(rounded):
+        linear.weight.copy_(rounded_rows(linear.weight))
     return rounded
+
+
+def with_int8_inputs(network):
+    """Return a copy of a DiT whose bf16 linears round their inputs to int8."""
+    rounded = copy.deepcopy(network)
+    for linear in bf16_linears(rounded):
+        linear.register_forward_pre_hook(lambda _, inputs: int8_rows(inputs[0]).to(inputs[0].dtype))
+    return rounded
+
+
+def bf16_linears(network):
+    """Return a DiT's linears but its fp32 islands."""
+    linears = (module for module in network.modules() if isinstance(module, torch.nn.Linear))
+    return [linear for linear in linears if linear.weight.dtype == torch.bfloat16]
 
 
 def errors(networks, wanted, clip):
@@ -58,7 +92,7 @@ def errors(networks, wanted, clip):
 def of_nano(clips):
     """Return the errors [clips, steps, ways] of nano."""
     nano, found = InProcess(), []
-    networks = in_fp8(nano.dit)
+    networks = in_every_way(nano.dit)
     for case in draw_cases(clips, "prompt"):
         text, noise, steps = nano.text(case.prompt), seeded_noise(case.number), []
 
@@ -79,17 +113,17 @@ def of_golden(path):
     case = Case.read(path)
     network = fill("dit", config_of(case), Checkpoint.of_tensors(case.weights().tensors), dtype=torch.bfloat16)
     clip = case["in.x_t"], case["in.audio_x_t"], case["in.txt_feat"][:, : int(case["in.txt_feat_len"])]
-    return errors(in_fp8(network), network(*clip), clip)
+    return errors(in_every_way(network), network(*clip), clip)
 
 
 def main(arguments=None):
     """Measure, print the table, write it to results/, return its path."""
-    parser = argparse.ArgumentParser(prog="benchmarks.fp8", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.quantised", description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=6)
     parser.add_argument("--out", type=Path, default=None, metavar="FOLDER", help="where the table is written")
     options = parser.parse_args(arguments)
     lines = [
-        f"# fp8 against bf16, relative RMS of a forward in percent, {card_name(torch.device('cpu'))}, "
+        f"# fp8 and int8 against bf16, relative RMS of a forward in percent, {card_name(torch.device('cpu'))}, "
         f"{datetime.date.today().isoformat()}",
         "",
         *head("network", "forwards", *(f"{way}: mean, largest" for way in WAYS)),
@@ -106,7 +140,7 @@ def main(arguments=None):
         add(f"nano, step {step + 1} of {STEPS}", nano[:, step])
     for path in sorted(GOLDEN.glob("dit_a*.json")):
         add(f"golden {path.stem}", torch.tensor([of_golden(path)]))
-    return write_table("fp8-against-bf16", lines, options.out)
+    return write_table("quantised-against-bf16", lines, options.out)
 
 
 if __name__ == "__main__":
