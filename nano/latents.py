@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ..model_loader.load import load_audio_vae, load_text_encoder, load_video_vae, tokenizer_json
 from . import world
 from .prompts import draw_prompt
-from .training import RUNS, WEIGHTS, quicken_video_vae
+from .training import RUNS, WEIGHTS
 
 FRAMES, LATENTS, SOUNDS = 49, 13, 51  # of a two-second clip: pixel frames, latent frames, audio latents
 
@@ -39,7 +39,6 @@ def encode_clips(count, scale=1, size=8, first=0):
         kept[part] = np.lib.format.open_memmap(path, mode="w+" if fresh else "r+", dtype=np.float16, shape=shape)
     if done >= count:
         return kept["video"], kept["audio"]
-    quicken_video_vae()
     video_vae, audio_vae = (
         load(WEIGHTS / f"nano_{part}_vae.safetensors")
         for load, part in ((load_video_vae, "video"), (load_audio_vae, "audio"))

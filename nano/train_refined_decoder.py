@@ -17,7 +17,7 @@ from ..sampler.schedule import flow_sigmas
 from ..sampler.super_resolution import STEPS, start_super_resolution
 from .train_super_resolution import OWN_START, Pairs, decode_window, draw_window, pixels_of
 from .train_video_vae import CLIPS, LARGE_CLIPS, batch, distance, psnr, save, with_noise
-from .training import WEIGHTS, bf16_matmuls, plain_attention, quicken_video_vae, train
+from .training import WEIGHTS, bf16_matmuls, plain_attention, train
 
 WINDOW = 5  # latents of a clip that are decoded: 17 frames where it begins
 
@@ -52,7 +52,6 @@ def main():
     parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--clips", type=int, default=8000)
     options = parser.parse_args()
-    quicken_video_vae()
     path = WEIGHTS / "nano_video_vae.safetensors"
     whole, pairs = load_video_vae(path), Pairs(options.clips)
     network = load_dit(WEIGHTS / "nano_sr.safetensors", dtype=torch.float32)

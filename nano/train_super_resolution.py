@@ -28,7 +28,7 @@ from .latents import LATENTS, encode_clips, encode_prompts, scene_of
 from .pixel_metric import nano_metric, weighted_square
 from .train_dit import draw_mode, initialise, to_bf16_linears
 from .train_video_vae import CHANNELS
-from .training import WEIGHTS, bf16_matmuls, plain_attention, quicken_video_vae, train
+from .training import WEIGHTS, bf16_matmuls, plain_attention, train
 
 CONFIG = DiTConfig(
     num_layers=6,
@@ -167,7 +167,6 @@ def main():
     if options.go_on:
         name, straight, peak_rate = "super_resolution_on", 0, 3e-4
     path = WEIGHTS / "nano_sr.safetensors"
-    quicken_video_vae()
     pairs = Pairs(options.clips)
     metric = nano_metric(pairs.large)
     vae = load_video_vae(WEIGHTS / "nano_video_vae.safetensors").requires_grad_(False)

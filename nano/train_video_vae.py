@@ -17,7 +17,7 @@ from ..model_loader.config import WanVAEConfig
 from ..model_loader.core_vae import VideoVAE, initialise
 from ..model_loader.load import load_video_vae, save_part
 from . import world
-from .training import WEIGHTS, quicken_video_vae, train
+from .training import WEIGHTS, train
 
 CONFIG = WanVAEConfig(
     dim=12,
@@ -230,7 +230,6 @@ def main():
     parser.add_argument("--together-steps", type=int, default=2600)
     parser.add_argument("--from", dest="stage", choices=("decoder", "together"), help="go on from nano/weights here")
     options = parser.parse_args()
-    quicken_video_vae()
     path = WEIGHTS / "nano_video_vae.safetensors"
     if options.stage is None:
         save(with_principal_latent(train_autoencoder(options.image_steps, options.clip_steps)), path)

@@ -15,7 +15,6 @@ from pack.nano.train_video_vae import (
     normalising_deviations,
     rotate_to_principal,
 )
-from pack.nano.training import quicken_video_vae
 
 
 def test_an_inflated_vae_looks_at_the_present_only():
@@ -56,17 +55,6 @@ def test_principal_axes_keep_what_varies_and_drop_the_rest():
     deviations = after.std((0, 2, 3, 4))[:CHANNELS]
     torch.testing.assert_close(deviations, torch.tensor(raw), atol=1e-3, rtol=1e-3)
     assert deviations[9] > 10 * deviations[10] and list(deviations[:10]) == sorted(deviations[:10], reverse=True)
-
-
-def test_the_quick_norm_is_cores(monkeypatch):
-    torch.manual_seed(0)
-    vae, clip = initialise(VideoVAE(CONFIG)).vae, torch.randn(1, 3, 5, 32, 32)
-    norms = type(next(m for m in vae.modules() if type(m).__name__ == "RMS_norm"))
-    with torch.inference_mode():
-        expected = vae.encode(clip)
-        monkeypatch.setattr(norms, "forward", norms.forward)  # put back after the test
-        quicken_video_vae()
-        torch.testing.assert_close(vae.encode(clip), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_every_step_sees_clips_of_its_own_at_either_size():
