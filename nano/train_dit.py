@@ -119,9 +119,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--clips", type=int, default=12000)
-    parser.add_argument("--from-weights", action="store_true", help="begin with those of nano/weights, not at random")
+    parser.add_argument("--first", type=int, default=0, help="number of the first clip: 12000 for some never seen")
+    parser.add_argument(
+        "--from-weights", action="store_true", help="from nano/weights, at a third of the rate, mostly on whole clips"
+    )
     options = parser.parse_args()
-    examples = Examples(options.clips)
+    examples = Examples(options.clips, options.first)
     metric = nano_metric(examples.video)
     torch.manual_seed(0)
     if options.from_weights:
@@ -131,7 +134,8 @@ def main():
 
     def loss_of_step(step):
         rng = np.random.default_rng((51, step))
-        video, audio, text = examples.draw(rng, step / options.steps, without_text=0.1)
+        progress = 1.0 if options.from_weights else step / options.steps
+        video, audio, text = examples.draw(rng, progress, without_text=0.1)
         image_given, sound_given = draw_mode(rng)
         sigma = draw_sigmas(rng, len(video))
         x_video, v_video = noised(video, sigma, FIRST_FRAME if image_given else None)
@@ -143,7 +147,11 @@ def main():
         loss = wrong_video + (0.0 if sound_given else 0.5) * wrong_audio
         return loss, {"video": wrong_video.item(), "audio": wrong_audio.item() if not sound_given else 0.0}
 
-    train("dit_teacher", dit, loss_of_step, steps=options.steps, peak_rate=2e-3, warmup=200, ema=0.999)
+    peak_rate = 7e-4 if options.from_weights else 2e-3
+    train(
+        "dit_teacher", dit, loss_of_step,
+        steps=options.steps, peak_rate=peak_rate, warmup=200, ema=0.999, muon=dit.block,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from .clip import load_clip
 from .host import default_weight_dtype, load_model
 from .memory import model_remarks
 from .notice import notice
-from .quantised import kinds_of, multiplies, stays_quantised, why_not
+from .quantised import kinds_of, stays_quantised, why_no_faster, why_not
 from .vae import load_audio, load_video
 
 CATEGORY = "HappyHorse/loaders"
@@ -120,9 +120,10 @@ def _told(checkpoint, dtype, quantised, device):
     if quantised == "kept" and checkpoint.blocks:
         return f"GGUF ({kinds_of(checkpoint)}), computed in {wide}"
     kind, _, fast = (stored_as(checkpoint) if quantised == "kept" else quantised).partition(" ")
-    if fast and multiplies(kind, device):
+    fault = fast and why_no_faster(kind, device)
+    if fast and not fault:
         return f"{kind}, multiplied in {kind}"
-    slow = f"; inputs are rounded to {kind} for nothing, because {device} does not multiply it faster" if fast else ""
+    slow = f"; inputs are rounded to {kind} for nothing, because {fault}" if fast else ""
     return f"{kind}, computed in {wide}{slow}"
 
 

@@ -17,8 +17,6 @@ from ..kernels.fp8 import dequantise_rows
 from ..model_loader.layouts import stored_as
 from .padded_rows import PaddedRows
 
-INT8_CAPABILITY = (7, 5)  # RTX 20 and later, by comfy-kitchen's kernels
-
 
 def _why_not_quantised():
     """Return why weights cannot be quantised in memory here, or None."""
@@ -55,10 +53,16 @@ def kinds_of(checkpoint):
     return ", ".join(kind for kind, _ in Counter(checkpoint.blocks.values()).most_common())
 
 
-def multiplies(kind, device):
-    """Tell whether a card multiplies "fp8" or "int8" matrices with a scale for each row."""
-    needed = {"fp8": FP8_CAPABILITY, "int8": INT8_CAPABILITY}[kind]
-    return device.type == "cuda" and torch.version.hip is None and capability(device) >= needed
+def why_no_faster(kind, device):
+    """Return why products in "fp8" or "int8" are no faster on a device than in bf16, or None."""
+    if kind == "fp8":
+        fast = device.type == "cuda" and torch.version.hip is None and capability(device) >= FP8_CAPABILITY
+        return None if fast else f"{device} does not multiply it"
+    for name, backend in comfy.quant_ops.ck.list_backends().items():
+        if name != "eager" and backend["available"] and not backend["disabled"]:
+            if "int8_linear" in backend["capabilities"]:
+                return None
+    return "comfy-kitchen has no int8 kernels here (they want an RTX 20 or later and PyTorch for CUDA 13)"
 
 
 def _fp8_product(x, weight, linear):

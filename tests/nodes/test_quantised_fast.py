@@ -93,7 +93,13 @@ def test_the_loader_offers_int8(loaded, monkeypatch):
         again = model.cached_patcher_init
         assert again[0](*again[1]).model_size() == model.model_size()
     assert told[1].endswith("Weights: int8, computed in fp32")
-    assert "rounded to int8 for nothing, because cpu does not multiply it" in told[2]
+    assert "rounded to int8 for nothing, because comfy-kitchen has no int8 kernels here" in told[2]
+    for disabled in (False, True):
+        cuda = {"available": True, "disabled": disabled, "capabilities": ["int8_linear"]}
+        backends = {"eager": cuda | {"disabled": False}, "cuda": cuda}
+        monkeypatch.setattr(comfy.quant_ops.ck, "list_backends", lambda backends=backends: backends)
+        LoadModel.execute(files.MODEL.nano, "int8_fast")
+        assert told[-1].endswith("Weights: int8, multiplied in int8") != disabled
     monkeypatch.delattr(comfy.quant_ops.ck, "int8_linear")
     with pytest.raises(
         ValueError, match="int8_fast, but this ComfyUI's comfy-kitchen has no int8 products.*Choose int8"
