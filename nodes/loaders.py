@@ -64,7 +64,8 @@ def _dtype_input():
         "memory of an fp8 or int8 file, or more of a GGUF one, so that LoRAs are not rounded as its weights are. fp32: "
         "doubles it again, only for comparisons. int8: half the memory of bf16, from any file, and the most exact of "
         "the small ones. int8_fast: multiplies in int8 too; faster on RTX 20 and later, a little less exact. "
-        "fp8_e4m3fn, fp8_e4m3fn_fast: the same in fp8, with three times the error; fast on RTX 40 and later.",
+        "fp8_e4m3fn, fp8_e4m3fn_fast: the same in fp8, with three times the error; fast on RTX 40 and later. "
+        "Where a fast one is not faster, only the weights are int8 or fp8.",
         advanced=True,
     )
 
@@ -98,33 +99,29 @@ def _load_model(node, model, weight_dtype, variant):
     quantised, checkpoint = QUANTISED.get(weight_dtype), Checkpoint.open(path)
     fault = quantised and why_not(quantised)
     if fault:
-        raise ValueError(f"weight_dtype is {weight_dtype}, but {fault}. Choose {_instead(quantised)}.")
+        instead = "int8" if quantised != "int8" and not why_not("int8") else "bf16"
+        raise ValueError(f"weight_dtype is {weight_dtype}, but {fault}. Choose {instead}.")
     if weight_dtype == "default" and stays_quantised(checkpoint):
         quantised = "kept"
+    kind, fast, _ = (quantised or "").partition(" fast")
+    slow = why_no_faster(kind) if fast else None
+    if slow:
+        quantised = kind
     loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, quantised)
-    told = f"Variant: {loaded.model.variant}. Weights: {_told(checkpoint, dtype, quantised, loaded.load_device)}"
-    notice(node, "\n".join([told, *model_remarks(loaded)]))
+    weights = _told(checkpoint, dtype, quantised) + (f"; not multiplied in {kind}, because {slow}" if slow else "")
+    notice(node, "\n".join([f"Variant: {loaded.model.variant}. Weights: {weights}", *model_remarks(loaded)]))
     return loaded
 
 
-def _instead(quantised):
-    """Return the smallest weight_dtype that can stand in for one that cannot be had here."""
-    return "int8" if quantised != "int8" and not why_not("int8") else "bf16"
-
-
-def _told(checkpoint, dtype, quantised, device):
+def _told(checkpoint, dtype, quantised):
     """Return what the linears' weights are and what computes with them, in a few words."""
     wide = "bf16" if dtype is torch.bfloat16 else "fp32"
     if quantised is None:
         return wide
     if quantised == "kept" and checkpoint.blocks:
         return f"GGUF ({kinds_of(checkpoint)}), computed in {wide}"
-    kind, _, fast = (stored_as(checkpoint) if quantised == "kept" else quantised).partition(" ")
-    fault = fast and why_no_faster(kind, device)
-    if fast and not fault:
-        return f"{kind}, multiplied in {kind}"
-    slow = f"; inputs are rounded to {kind} for nothing, because {fault}" if fast else ""
-    return f"{kind}, computed in {wide}{slow}"
+    kind, fast, _ = (stored_as(checkpoint) if quantised == "kept" else quantised).partition(" fast")
+    return f"{kind}, multiplied in {kind}" if fast else f"{kind}, computed in {wide}"
 
 
 def _load_clip(text_encoder, device):

@@ -17,6 +17,8 @@ from ..kernels.fp8 import dequantise_rows
 from ..model_loader.layouts import stored_as
 from .padded_rows import PaddedRows
 
+KITCHEN_DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # comfy-kitchen's numbers for what its operators return
+
 
 def _why_not_quantised():
     """Return why weights cannot be quantised in memory here, or None."""
@@ -53,16 +55,17 @@ def kinds_of(checkpoint):
     return ", ".join(kind for kind, _ in Counter(checkpoint.blocks.values()).most_common())
 
 
-def why_no_faster(kind, device):
-    """Return why products in "fp8" or "int8" are no faster on a device than in bf16, or None."""
+def why_no_faster(kind):
+    """Return why products in "fp8" or "int8" are no faster here than in bf16, or None."""
+    device = comfy.model_management.get_torch_device()
     if kind == "fp8":
         fast = device.type == "cuda" and torch.version.hip is None and capability(device) >= FP8_CAPABILITY
-        return None if fast else f"{device} does not multiply it"
+        return None if fast else f"{device} does not do that"
     for name, backend in comfy.quant_ops.ck.list_backends().items():
         if name != "eager" and backend["available"] and not backend["disabled"]:
             if "int8_linear" in backend["capabilities"]:
                 return None
-    return "comfy-kitchen has no int8 kernels here (they want an RTX 20 or later and PyTorch for CUDA 13)"
+    return f"comfy-kitchen has no kernels for that on {device} (they want an RTX 20 or later and PyTorch for CUDA 13)"
 
 
 def _fp8_product(x, weight, linear):
@@ -72,7 +75,9 @@ def _fp8_product(x, weight, linear):
 
 def _int8_product(x, weight, linear):
     x = pad(x, (0, weight._qdata.shape[1] - x.shape[-1]))
-    out = comfy.quant_ops.ck.int8_linear(x, weight._qdata, weight._params.scale, None, weight.dtype)
+    # The operator, which torch.compile takes whole; `ck.int8_linear` would break its graph.
+    multiply = torch.ops.comfy_kitchen.int8_linear
+    out = multiply(x, weight._qdata, weight._params.scale, None, KITCHEN_DTYPES[weight.dtype])
     return out[..., : linear.out_features]
 
 

@@ -11,6 +11,7 @@ from pack.model_loader.load import load_dit
 from pack.nodes import files, loaders
 from pack.nodes.host import load_model
 from pack.nodes.loaders import LoadModel
+from pack.nodes.quantised import why_no_faster
 from quantised_checks import (
     ATTENTION,
     BAR,
@@ -82,45 +83,60 @@ def test_a_file_of_one_kind_becomes_the_other(quantised_files, stored, chosen):
     assert 0 < relative(forward(network), forward(load_dit(quantised_files[stored], dtype=torch.float32))) < 0.2
 
 
-@int8_products
-def test_the_loader_offers_int8(loaded, monkeypatch):
-    told = []
-    monkeypatch.setattr(loaders, "notice", lambda node, message: told.append(message))
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_is_compiled_whole(weights, mode):
+    network = load_model(weights / files.MODEL.nano, torch.bfloat16, quantised=mode).model.diffusion_model
+    before = forward(network)
+    torch.compiler.reset()
+    network.block.layers[1].compile(backend="eager", fullgraph=True)  # raises where it would have to break it
+    assert relative(forward(network), before) < 1e-2
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """List that collects what the loader tells."""
+    lines = []
+    monkeypatch.setattr(loaders, "notice", lambda node, message: lines.append(message))
+    return lines
+
+
+@pytest.mark.parametrize("kind", ["fp8_e4m3fn", pytest.param("int8", marks=int8_products)])
+def test_the_loader_multiplies_in_them_where_that_is_faster_and_says_so(loaded, told, monkeypatch, kind):
+    word = kind[:4].rstrip("_")
     wide = LoadModel.execute(files.MODEL.nano, "default").args[0]
-    for choice in ("int8", "int8_fast"):
-        model = LoadModel.execute(files.MODEL.nano, choice).args[0]
-        assert model.model_size() < 0.6 * wide.model_size()
-        again = model.cached_patcher_init
-        assert again[0](*again[1]).model_size() == model.model_size()
-    assert told[1].endswith("Weights: int8, computed in fp32")
-    assert "rounded to int8 for nothing, because comfy-kitchen has no int8 kernels here" in told[2]
-    for disabled in (False, True):
-        cuda = {"available": True, "disabled": disabled, "capabilities": ["int8_linear"]}
-        backends = {"eager": cuda | {"disabled": False}, "cuda": cuda}
+    weights = LoadModel.execute(files.MODEL.nano, kind).args[0]
+    assert weights.model_size() < 0.6 * wide.model_size()
+    assert LoadModel.execute(files.MODEL.nano, f"{kind}_fast").args[0] is weights
+    reason = "cpu does not do that" if word == "fp8" else "comfy-kitchen has no kernels for that on cpu"
+    assert told[1].endswith(f"Weights: {word}, computed in fp32")
+    assert f"Weights: {word}, computed in fp32; not multiplied in {word}, because {reason}" in told[2]
+    monkeypatch.setattr(loaders, "why_no_faster", lambda kind: None)
+    fast = LoadModel.execute(files.MODEL.nano, f"{kind}_fast").args[0]
+    assert told[3].endswith(f"Weights: {word}, multiplied in {word}")
+    again = fast.cached_patcher_init
+    assert again[1][-1] == f"{word} fast" and again[0](*again[1]).model_size() == fast.model_size()
+
+
+@int8_products
+def test_int8_products_are_comfy_kitchens_wherever_it_has_kernels(monkeypatch):
+    for name, disabled, faster in (("cuda", False, True), ("cuda", True, False), ("eager", False, False)):
+        backends = {name: {"available": True, "disabled": disabled, "capabilities": ["int8_linear"]}}
         monkeypatch.setattr(comfy.quant_ops.ck, "list_backends", lambda backends=backends: backends)
-        LoadModel.execute(files.MODEL.nano, "int8_fast")
-        assert told[-1].endswith("Weights: int8, multiplied in int8") != disabled
-    monkeypatch.delattr(comfy.quant_ops.ck, "int8_linear")
+        assert (why_no_faster("int8") is None) == faster
+
+
+def test_what_cannot_be_had_is_refused_with_what_can(loaded, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1)
+    with pytest.raises(ValueError, match="fp8_e4m3fn, but cpu does not know fp8. Choose int8"):
+        LoadModel.execute(files.MODEL.nano, "fp8_e4m3fn")
+    monkeypatch.delattr(comfy.quant_ops.ck, "int8_linear", raising=False)
     with pytest.raises(
         ValueError, match="int8_fast, but this ComfyUI's comfy-kitchen has no int8 products.*Choose int8"
     ):
         LoadModel.execute(files.MODEL.nano, "int8_fast")
-
-
-def test_the_loader_offers_cores_names_for_fp8(loaded, monkeypatch):
-    told = []
-    monkeypatch.setattr(loaders, "notice", lambda node, message: told.append(message))
-    wide = LoadModel.execute(files.MODEL.nano, "default").args[0]
-    for choice in ("fp8_e4m3fn", "fp8_e4m3fn_fast"):
-        model = LoadModel.execute(files.MODEL.nano, choice).args[0]
-        assert model.model_size() < 0.6 * wide.model_size()
-        again = model.cached_patcher_init
-        assert again[0](*again[1]).model_size() == model.model_size()
-    assert told[1].endswith("Weights: fp8, computed in fp32")
-    assert "rounded to fp8 for nothing, because cpu does not multiply it" in told[2]
-    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1)
-    with pytest.raises(ValueError, match="fp8_e4m3fn, but cpu does not know fp8. Choose int8"):
-        LoadModel.execute(files.MODEL.nano, "fp8_e4m3fn")
+    monkeypatch.setattr(comfy.quant_ops, "QuantizedTensor", type("QuantizedTensor", (), {}))
+    with pytest.raises(ValueError, match="int8, but comfy-kitchen is missing.*Choose bf16"):
+        LoadModel.execute(files.MODEL.nano, "int8")
 
 
 @pytest.mark.parametrize(
