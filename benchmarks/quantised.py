@@ -17,8 +17,8 @@ import torch
 from ..kernels.fp8 import dequantise_rows, quantise_rows
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.fp8_linear import with_fp8_linears
-from ..model_loader.int8 import quantise_int8
 from ..model_loader.load import fill
+from ..model_loader.row_scales import quantised
 from ..nano.cases import InProcess, draw_cases
 from ..nano.latents import LATENTS, SOUNDS
 from ..sampler.denoise import denoise_renoise, seeded_noise
@@ -48,7 +48,7 @@ def in_every_way(network):
 
 def int8_rows(x):
     """Return what int8 with a scale a row leaves of x [..., C], in fp32."""
-    values, scale = quantise_int8(x)
+    values, scale = quantised(torch.int8, x)
     return values * scale
 
 

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, CheckpointError, TensorHeader
 from .detect import DIT_VARIANTS, describe
-from .int8 import quantise_int8
 from .key_map import KEY_MAPS, stacked_name
 from .layouts import INT8_FORMAT, as_published
 from .load import expected_tensors, linear_weights, part_metadata, plan
+from .row_scales import quantised
 from .safetensors_writer import SafetensorsWriter
 from .tokenizer import tokenizer_definition
 from .tokens import rotary_bands
@@ -62,11 +62,11 @@ def convert(source, destination, dtype, *, variant=None, force=False):
             "converted. The VAEs are small: use their files as they are."
         )
     entries = _entries(found, checkpoint, dtype)
-    headers, quantised = {name: TensorHeader(entry.shape, entry.dtype) for name, entry in entries.items()}, {}
+    headers, formats = {name: TensorHeader(entry.shape, entry.dtype) for name, entry in entries.items()}, {}
     for name, entry in entries.items():
         if entry.dtype in FORMATS:
             layer = name.removesuffix(".weight")
-            quantised[layer] = {"format": FORMATS[entry.dtype]}
+            formats[layer] = {"format": FORMATS[entry.dtype]}
             shape = (entry.shape[0], 1) if entry.dtype == torch.int8 else ()
             headers[f"{layer}.weight_scale"] = TensorHeader(shape, torch.float32)
     bands = rotary_bands(found.config.head_dim) if found.part == "dit" else None
@@ -75,8 +75,8 @@ def convert(source, destination, dtype, *, variant=None, force=False):
     tokenizer = tokenizer_definition(original) if found.part == "text_encoder" else None
     metadata = part_metadata(found.part, found.config, found.variant, tokenizer)
     metadata["happyhorse.source_headers_sha256"] = headers_sha256(original)
-    if quantised:
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": quantised})
+    if formats:
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": formats})
     writer = SafetensorsWriter(destination, headers, metadata)
     _check_space(writer)
     label = checkpoint.label
@@ -163,7 +163,7 @@ def _write_tensor(writer, label, name, tensor, entry, bar):
         if entry.dtype == FP8_DTYPE:
             piece = (piece.float() / scale).clamp_(-FP8_LARGEST, FP8_LARGEST)
         elif entry.dtype == torch.int8:
-            piece, scale = quantise_int8(piece)
+            piece, scale = quantised(torch.int8, piece)
             writer.write(f"{name}_scale", scale)
         writer.write(name, piece.to(entry.dtype))
         bar.update(piece.numel() * entry.dtype.itemsize)

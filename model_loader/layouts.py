@@ -9,7 +9,7 @@ import torch
 from .checkpoint import Checkpoint, CheckpointError, TensorHeader
 from .diffusers_names import in_published_names
 from .dit_layers import MODALITIES
-from .int8 import quantise_int8, rotated_back
+from .row_scales import multiplied_out, quantised, rotated_back
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALED = (*FP8, torch.int8)  # what a weight with a scale is stored as
@@ -46,11 +46,6 @@ def stored_as(checkpoint):
         return "GGUF"
     dtypes = {header.dtype for name, header in checkpoint.headers.items() if name.endswith(".weight")}
     return "int8" if torch.int8 in dtypes else "fp8" if dtypes.intersection(FP8) else None
-
-
-def multiplied_out(tensor, scale):
-    """Return the value of what `read_scaled` gave: fp32 where there is a scale, else the tensor itself."""
-    return tensor if scale is None else tensor.float().mul_(scale)
 
 
 def _told_format(checkpoint, weight):
@@ -137,7 +132,7 @@ def _with_scales(checkpoint):
 
     def read_scaled(name):
         if name in rotations:
-            return quantise_int8(read(name))
+            return quantised(torch.int8, read(name))
         return stored(name) if name in scales else (checkpoint.read(name), None)
 
     return Checkpoint(checkpoint.path, headers, checkpoint.metadata, read, read_scaled)

@@ -8,18 +8,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..kernels import quantise_rows
+from . import row_scales
 from .checkpoint import Checkpoint, CheckpointError
 from .core_vae import AudioVAE, VideoVAE
 from .detect import CONFIGS, describe
 from .dit import DiT
-from .int8 import quantise_int8
 from .key_map import KEY_MAPS, expert_names, split_names, stacked_name
-from .layouts import FP8, SCALED, as_published, multiplied_out
+from .layouts import FP8, SCALED, as_published
 from .text_encoder import TextEncoder
 from .tokenizer import tokenizer_definition
 from .tokens import rotary_bands
 from .turbo_vae import TurboVAE
+
+SMALL = {"fp8": FP8, "int8": (torch.int8,)}  # what is that already; others become the first
 
 
 def load_dit(path, *, variant=None, dtype=torch.bfloat16, device="cpu", operations=nn, quantised=None):
@@ -104,17 +105,14 @@ def fill(network, config, checkpoint, prefix="", *, dtype, device="cpu", operati
             state.update({f"{part}_blocks": letters for part in ours})
         else:
             tensor, scale = checkpoint.read_scaled(name) if linear else (checkpoint.read(name), None)
-            if linear and quantised == "fp8" and tensor.dtype not in FP8:
-                (tensor, scale), columns = quantise_rows(multiplied_out(tensor, scale)), tensor.shape[1]
-                tensor = tensor[:, :columns]
-            elif linear and quantised == "int8" and tensor.dtype != torch.int8:
-                tensor, scale = quantise_int8(multiplied_out(tensor, scale))
+            if linear and quantised in SMALL and tensor.dtype not in SMALL[quantised]:
+                tensor, scale = row_scales.quantised(SMALL[quantised][0], tensor, scale)
             if linear and tensor.dtype in SCALED:
                 scale = torch.ones(()) if scale is None else scale
                 scales = [_one_number(part) for part in scale.expand(len(tensor), 1).chunk(len(ours))]
                 state.update(zip([f"{part}_scale" for part in ours], scales, strict=True))
             else:
-                tensor = multiplied_out(tensor, scale).to(wanted[ours[0]].dtype)
+                tensor = row_scales.multiplied_out(tensor, scale).to(wanted[ours[0]].dtype)
         tensor = tensor.to(device)
         state.update(zip(ours, tensor.chunk(len(ours)), strict=True))  # experts are rows of one tensor, not copies
     module = build(network, config, dtype=dtype, operations=operations)

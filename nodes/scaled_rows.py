@@ -5,9 +5,9 @@ import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, TensorCoreFP8Layout, register_layout_class
 from torch.nn.functional import pad
 
-from ..kernels.fp8 import FP8, FP8_MAX, padded_columns
-from ..model_loader.int8 import INT8_LARGEST
+from ..kernels.fp8 import FP8, padded_columns
 from ..model_loader.layouts import INT8_FORMAT
+from ..model_loader.row_scales import LARGEST
 
 
 class ScaledRows(QuantizedLayout):
@@ -52,7 +52,7 @@ class ScaledRows(QuantizedLayout):
 class Fp8ScaledRows(ScaledRows):
     """Values in float8_e4m3fn."""
 
-    FORMAT, LARGEST = "float8_e4m3fn", FP8_MAX
+    FORMAT, LARGEST = "float8_e4m3fn", LARGEST[FP8]
 
     @classmethod
     def rounded(cls, values, seed):
@@ -63,7 +63,7 @@ class Fp8ScaledRows(ScaledRows):
 class Int8ScaledRows(ScaledRows):
     """Values in int8."""
 
-    FORMAT, LARGEST = INT8_FORMAT, INT8_LARGEST
+    FORMAT, LARGEST = INT8_FORMAT, LARGEST[torch.int8]
 
     @classmethod
     def rounded(cls, values, seed):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from layouts_on_disk import is_linear, split
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
-from pack.model_loader.int8 import quantise_int8, rotated_back
 from pack.model_loader.layouts import as_published
 from pack.model_loader.load import fill, load_dit, published_tensors
+from pack.model_loader.row_scales import quantised, rotated_back
 from safetensors.torch import save_file
 from torch import nn
 
@@ -165,7 +165,7 @@ def int8(tensors, told=None, in_header=False):
     stored, layers = dict(tensors), {}
     for name in filter(is_linear, tensors):
         layer = name.removesuffix(".weight")
-        stored[name], stored[f"{name}_scale"] = quantise_int8(tensors[name])
+        stored[name], stored[f"{name}_scale"] = quantised(torch.int8, tensors[name])
         layers[layer] = {"format": "int8_tensorwise"} | (told or {})
         if not in_header:
             stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.convert import convert
-from pack.model_loader.int8 import quantise_int8, rotated_back
+from pack.model_loader.row_scales import quantised, rotated_back
 from pack.nodes import files
 from pack.nodes.clip import load_clip
 from pack.nodes.lora import register_lora_names
@@ -64,7 +64,7 @@ def int8_as_comfyui_has_it(tensors, **options):
             scale = tensor.abs().max() / 127
             values = (tensor / scale).round().to(torch.int8)
             if options:
-                values, scale = quantise_int8(rotated_back(tensor, options["convrot_groupsize"]))
+                values, scale = quantised(torch.int8, rotated_back(tensor, options["convrot_groupsize"]))
             told = json.dumps({"format": "int8_tensorwise"} | options)
             stored[name], stored[f"{name}_scale"] = values, scale
             stored[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(told.encode()), dtype=torch.uint8)

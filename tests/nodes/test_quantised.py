@@ -13,8 +13,8 @@ import pytest
 import torch
 from pack.model_loader.checkpoint import Checkpoint
 from pack.model_loader.convert import convert
-from pack.model_loader.int8 import rotated_back
 from pack.model_loader.load import load_dit, load_text_encoder, tokenizer_json
+from pack.model_loader.row_scales import rotated_back
 from pack.nodes import files, loaders
 from pack.nodes.clip import load_clip
 from pack.nodes.host import load_model

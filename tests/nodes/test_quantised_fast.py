@@ -6,8 +6,8 @@ import comfy.sd
 import pytest
 import torch
 from pack.model_loader.fp8_linear import with_fp8_linears
-from pack.model_loader.int8 import quantise_int8
 from pack.model_loader.load import load_dit
+from pack.model_loader.row_scales import quantised
 from pack.nodes import files, loaders
 from pack.nodes.host import load_model
 from pack.nodes.loaders import LoadModel
@@ -51,7 +51,7 @@ def test_products_in_int8_are_of_rounded_rows(quantised_files):
         for layer in (f"{ATTENTION}.linear_qkv", SHARED):
             linear, meant = network.get_submodule(layer), wide.get_submodule(layer).weight
             x = torch.randn(2, 5, meant.shape[1], generator=torch.Generator().manual_seed(0))
-            values, scale = quantise_int8(x)
+            values, scale = quantised(torch.int8, x)
             torch.testing.assert_close(linear(x), (values * scale) @ meant.t(), atol=1e-4, rtol=1e-4)
             assert linear.weight.storage_shape == tuple(-(-size // 16) * 16 for size in meant.shape)
 
