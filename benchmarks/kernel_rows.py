@@ -1,15 +1,18 @@
 """The kernels' part of the table: every op at the full network's widths against reference, torch.compile and floor."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
 from .. import kernels
 from ..kernels import FP8, Fp8Rows, quantise_rows, quantise_weight, reference
+from ..model_loader.row_scales import quantised
 from .measure import cell, head, milliseconds, row_or_fault
 
 BF16 = torch.bfloat16
+KITCHEN_BF16 = 2  # comfy-kitchen's number for it
 SPANS = {"256p": (3584, 126, 300), "1080p": (65280, 126, 300), "cpu": (12, 2, 2)}
 LATENTS = {"256p": (1, 48, 32, 16, 28), "1080p": (1, 48, 32, 68, 120), "cpu": (1, 48, 4, 8, 14)}
 DECODED = {"256p": (1, 64, 8, 128, 224), "1080p": (1, 64, 8, 544, 960), "cpu": (1, 64, 2, 8, 14)}  # its last layers
@@ -125,8 +128,11 @@ def table(device, rates, sizes):
 
 
 def linear_table(device, rates, sizes):
-    """Yield the lines of the linears' table: bf16, bf16 with rows padded to 16, and fp8 with its padding."""
-    times = ("bf16 ms", "bf16 padded ms", "fp8 ms", "fp8, rows quantised apart ms")
+    """Yield the lines of the linears' table: bf16, bf16 with rows padded to 16, fp8 and int8 with their padding.
+
+    int8 is comfy-kitchen's, where that is installed.
+    """
+    times = ("bf16 ms", "bf16 padded ms", "fp8 ms", "fp8, rows quantised apart ms", "int8, rows quantised apart ms")
     yield from head("linear", "size", *times, "floor bf16 ms", "floor fp8 ms")
     shapes = {"qkv": (WIDTH, ROWS), "proj": (WIDTH, WIDTH), "up": (WIDTH, 2 * GATED), "down": (GATED, WIDTH)}
     for size in sizes:
@@ -153,6 +159,14 @@ def linear_cells(device, rates, tokens, inputs, outputs):
             milliseconds(lambda: kernels.fp8_linear(rows, narrow, outputs), device),
             milliseconds(lambda: kernels.fp8_linear(quantise_rows(x), narrow, outputs), device),
         ]
+    if find_spec("comfy_kitchen") is None:
+        times.append(None)
+    else:
+        import comfy_kitchen  # noqa: F401  (registers the operator)
+
+        values, scale = quantised(torch.int8, padded_weight)
+        multiply = torch.ops.comfy_kitchen.int8_linear
+        times.append(milliseconds(lambda: multiply(padded_x, values, scale, None, KITCHEN_BF16), device))
     operations = 2 * tokens * inputs * outputs
     floors = rates.floor(operations=operations), rates.floor(operations=operations, fp8=True)
     return [cell(value) for value in (*times, *floors)]
