@@ -13,7 +13,7 @@ from ..model_loader.checkpoint import Checkpoint, CheckpointError
 from ..model_loader.load import load_text_encoder
 from ..model_loader.tokenizer import read_tokenizer, tokenizer_definition
 from .finite import require_finite
-from .quantised import quantised_operations, stays_quantised
+from .quantised import quantised_operations
 
 MAX_TEXT_TOKENS = 640  # longer texts are cut after encoding, as the published pipeline does
 SMALL_ENCODER = 100_000_000  # parameters
@@ -83,8 +83,8 @@ def reads_long_prompts(clip):
     return sum(parameter.numel() for parameter in network.parameters()) >= SMALL_ENCODER
 
 
-def load_clip(path, device):
-    """Read a text encoder into a CLIP; `device` is "default" or "cpu"."""
+def load_clip(path, device, quantised=None):
+    """Read a text encoder into a CLIP; `device` is "default" or "cpu", quantised as `load.fill`."""
     devices = {}
     if device == "cpu":
         devices = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
@@ -96,7 +96,7 @@ def load_clip(path, device):
             "in the same folder. Download one from where the text encoder came from, for T5Gemma from "
             "https://huggingface.co/google/t5gemma-9b-9b-ul2."
         )
-    dtype, quantised = weight_dtype(checkpoint), "kept" if stays_quantised(checkpoint) else None
+    dtype = weight_dtype(checkpoint)
     operations = quantised_operations(dtype) if quantised else comfy.ops.manual_cast
     network = load_text_encoder(checkpoint, dtype=dtype, operations=operations, quantised=quantised)
     target = comfy.supported_models_base.ClipTarget(

@@ -1,27 +1,17 @@
 """The loader nodes: model, text encoder and the two VAEs, from ComfyUI's own folders or built in."""
 
-import torch
 from comfy_api.latest import io
 
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.detect import DIT_VARIANTS
-from ..model_loader.layouts import stored_as
-from . import files
+from . import files, weight_dtypes
 from .clip import load_clip
 from .host import default_weight_dtype, load_model
 from .memory import model_remarks
 from .notice import notice
-from .quantised import kinds_of, stays_quantised, why_no_faster, why_not
 from .vae import load_audio, load_video
 
 CATEGORY = "HappyHorse/loaders"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-QUANTISED = {  # the choices by core's names, or after them -> `load_model`'s
-    "int8": "int8",
-    "int8_fast": "int8 fast",
-    "fp8_e4m3fn": "fp8",
-    "fp8_e4m3fn_fast": "fp8 fast",
-}
 
 
 def _file_input(id, part, what):
@@ -54,22 +44,6 @@ def _audio_vae_input():
     )
 
 
-def _dtype_input():
-    return io.Combo.Input(
-        "weight_dtype",
-        options=["default", *DTYPES, *QUANTISED],
-        default="default",
-        tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: an fp8, int8 or "
-        "GGUF file stays as it is, others become bf16 on a GPU that computes in it, else fp32. bf16: doubles the "
-        "memory of an fp8 or int8 file, or more of a GGUF one, so that LoRAs are not rounded as its weights are. fp32: "
-        "doubles it again, only for comparisons. int8: half the memory of bf16, from any file, and the most exact of "
-        "the small ones. int8_fast: multiplies in int8 too; faster on RTX 20 and later, a little less exact. "
-        "fp8_e4m3fn, fp8_e4m3fn_fast: the same in fp8, with three times the error; fast on RTX 40 and later. "
-        "Where a fast one is not faster, only the weights are int8 or fp8.",
-        advanced=True,
-    )
-
-
 def _device_input():
     return io.Combo.Input(
         "text_encoder_device",
@@ -95,37 +69,19 @@ def _variant_input():
 
 def _load_model(node, model, weight_dtype, variant):
     path = files.find(files.MODEL, model)
-    dtype = DTYPES.get(weight_dtype) or default_weight_dtype()
-    quantised, checkpoint = QUANTISED.get(weight_dtype), Checkpoint.open(path)
-    fault = quantised and why_not(quantised)
-    if fault:
-        instead = "int8" if quantised != "int8" and not why_not("int8") else "bf16"
-        raise ValueError(f"weight_dtype is {weight_dtype}, but {fault}. Choose {instead}.")
-    if weight_dtype == "default" and stays_quantised(checkpoint):
-        quantised = "kept"
-    kind, fast, _ = (quantised or "").partition(" fast")
-    slow = why_no_faster(kind) if fast else None
-    if slow:
-        quantised = kind
+    checkpoint = Checkpoint.open(path)
+    dtype = weight_dtypes.WIDE.get(weight_dtype) or default_weight_dtype()
+    quantised, remark = weight_dtypes.chosen("weight_dtype", weight_dtype, checkpoint)
     loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, quantised)
-    weights = _told(checkpoint, dtype, quantised) + (f"; not multiplied in {kind}, because {slow}" if slow else "")
+    weights = weight_dtypes.described(checkpoint, dtype, quantised) + remark
     notice(node, "\n".join([f"Variant: {loaded.model.variant}. Weights: {weights}", *model_remarks(loaded)]))
     return loaded
 
 
-def _told(checkpoint, dtype, quantised):
-    """Return what the linears' weights are and what computes with them, in a few words."""
-    wide = "bf16" if dtype is torch.bfloat16 else "fp32"
-    if quantised is None:
-        return wide
-    if quantised == "kept" and checkpoint.blocks:
-        return f"GGUF ({kinds_of(checkpoint)}), computed in {wide}"
-    kind, fast, _ = (stored_as(checkpoint) if quantised == "kept" else quantised).partition(" fast")
-    return f"{kind}, multiplied in {kind}" if fast else f"{kind}, computed in {wide}"
-
-
-def _load_clip(text_encoder, device):
-    return files.read_once(load_clip, files.find(files.TEXT_ENCODER, text_encoder), device)
+def _load_clip(text_encoder, device, dtype):
+    path = files.find(files.TEXT_ENCODER, text_encoder)
+    quantised, _ = weight_dtypes.chosen("text_encoder_dtype", dtype, Checkpoint.open(path))
+    return files.read_once(load_clip, path, device, quantised)
 
 
 def _load_video_vae(name):
@@ -164,9 +120,10 @@ class LoadCheckpoint(LoaderNode):
                 _text_encoder_input(),
                 _video_vae_input(),
                 _audio_vae_input(),
-                _dtype_input(),
+                weight_dtypes.model_input(),
                 _device_input(),
                 _variant_input(),
+                weight_dtypes.text_encoder_input(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -178,11 +135,14 @@ class LoadCheckpoint(LoaderNode):
         )
 
     @classmethod
-    def execute(cls, model, text_encoder, video_vae, audio_vae, weight_dtype, text_encoder_device, variant="auto"):
+    def execute(
+        cls, model, text_encoder, video_vae, audio_vae, weight_dtype, text_encoder_device, variant="auto",
+        text_encoder_dtype="default",
+    ):  # fmt: skip
         """Read the four files."""
         return io.NodeOutput(
             _load_model(cls, model, weight_dtype, variant),
-            _load_clip(text_encoder, text_encoder_device),
+            _load_clip(text_encoder, text_encoder_device, text_encoder_dtype),
             _load_video_vae(video_vae),
             _load_audio_vae(audio_vae),
         )
@@ -200,7 +160,7 @@ class LoadModel(LoaderNode):
             category=CATEGORY,
             description="Loads the transformer alone, for graphs that mix files.",
             search_aliases=["happyhorse diffusion model", "unet"],
-            inputs=[_model_input(), _dtype_input(), _variant_input()],
+            inputs=[_model_input(), weight_dtypes.model_input(), _variant_input()],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="Connect to HappyHorse Sampler, LoRA loaders or any guider.")],
         )
@@ -223,14 +183,14 @@ class LoadTextEncoder(LoaderNode):
             category=CATEGORY,
             description="Loads the text encoder alone, for graphs that mix files.",
             search_aliases=["happyhorse clip", "t5gemma"],
-            inputs=[_text_encoder_input(), _device_input()],
+            inputs=[_text_encoder_input(), _device_input(), weight_dtypes.text_encoder_input()],
             outputs=[io.Clip.Output(tooltip="Connect to HappyHorse Prompt or CLIP Text Encode.")],
         )
 
     @classmethod
-    def execute(cls, text_encoder, text_encoder_device):
+    def execute(cls, text_encoder, text_encoder_device, text_encoder_dtype="default"):
         """Read the file."""
-        return io.NodeOutput(_load_clip(text_encoder, text_encoder_device))
+        return io.NodeOutput(_load_clip(text_encoder, text_encoder_device, text_encoder_dtype))
 
 
 class LoadVideoVAE(LoaderNode):

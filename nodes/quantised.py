@@ -1,71 +1,17 @@
 """Networks with fp8, int8 or GGUF weights in memory: core's quantised linears, restored a layer at a time or not."""
 
 import json
-import logging
-from collections import Counter
 
-import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import torch
-from torch.cuda import get_device_capability as capability
 from torch.nn.functional import linear, pad
 
 from ..kernels import FP8, Fp8Rows, fp8_linear, quantise_rows
-from ..kernels.dispatch import FP8_CAPABILITY
 from ..kernels.fp8 import dequantise_rows
-from ..model_loader.layouts import stored_as
 from .padded_rows import PaddedRows
 
 KITCHEN_DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # comfy-kitchen's numbers for what its operators return
-
-
-def _why_not_quantised():
-    """Return why weights cannot be quantised in memory here, or None."""
-    if not issubclass(comfy.quant_ops.QuantizedTensor, torch.Tensor):  # core's stand-in
-        return "comfy-kitchen is missing (install ComfyUI's requirements.txt)"
-    return None
-
-
-def why_not(quantised):
-    """Return why weights cannot be `quantised` here ("GGUF", "int8", "fp8", and " fast" of those two), or None."""
-    device, kind = comfy.model_management.get_torch_device(), quantised.removesuffix(" fast")
-    if kind == "fp8" and not comfy.model_management.supports_cast(device, FP8):
-        return f"{device} does not know fp8"
-    fault = _why_not_quantised()
-    if fault is None and quantised == "int8 fast" and not hasattr(comfy.quant_ops.ck, "int8_linear"):
-        return "this ComfyUI's comfy-kitchen has no int8 products (ComfyUI 0.30's has)"
-    return fault
-
-
-def stays_quantised(checkpoint):
-    """Tell whether an open Checkpoint's weights are quantised and can stay so; if they cannot, the log says why."""
-    kind = stored_as(checkpoint)
-    fault = kind and why_not(kind)
-    if fault:
-        told = "%s: its %s weights do not stay %s and take more memory, because %s.%s"
-        small = kind == "fp8" and not why_not("int8")
-        hint = " Choose weight_dtype int8, or convert the file to it: that is as small." if small else ""
-        logging.warning(told, checkpoint.label, kind, kind, fault, hint)
-    return kind is not None and fault is None
-
-
-def kinds_of(checkpoint):
-    """Return the kinds of GGUF blocks in an open Checkpoint, the most frequent first: "Q4_K, Q6_K"."""
-    return ", ".join(kind for kind, _ in Counter(checkpoint.blocks.values()).most_common())
-
-
-def why_no_faster(kind):
-    """Return why products in "fp8" or "int8" are no faster here than in bf16, or None."""
-    device = comfy.model_management.get_torch_device()
-    if kind == "fp8":
-        fast = device.type == "cuda" and torch.version.hip is None and capability(device) >= FP8_CAPABILITY
-        return None if fast else f"{device} does not do that"
-    for name, backend in comfy.quant_ops.ck.list_backends().items():
-        if name != "eager" and backend["available"] and not backend["disabled"]:
-            if "int8_linear" in backend["capabilities"]:
-                return None
-    return f"comfy-kitchen has no kernels for that on {device} (they want an RTX 20 or later and PyTorch for CUDA 13)"
 
 
 def _fp8_product(x, weight, linear):

@@ -138,7 +138,7 @@ def test_the_text_encoder_stays_small_too(weights, tmp_path):
     pieces = ["<unk>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789ABC"]
     path = write(tmp_path / "t5.gguf", tensors, "Q6_K", vocabulary=(pieces, [2, *[1] * (config.vocab_size - 1)]))
     (tmp_path / "config.json").write_text(json.dumps({"encoder": encoder.config.to_dict()}))
-    found, wide = load_clip(path, "default"), load_text_encoder(path, dtype=torch.float32)
+    found, wide = load_clip(path, "default", "kept"), load_text_encoder(path, dtype=torch.float32)
     tokens = found.tokenize("abc")
     ids = torch.tensor([[entry[0] for entry in tokens["t5gemma"][0]]])
     network = found.cond_stage_model.network

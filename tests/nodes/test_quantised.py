@@ -163,7 +163,7 @@ def test_the_text_encoder_stays_quantised_too(weights, tmp_path, dtype):
     source, target = weights / files.TEXT_ENCODER.nano, tmp_path / "t5gemma.safetensors"
     convert(source, target, dtype)
     assert tokenizer_json(target) is not None
-    found, wanted = load_clip(target, "default"), load_text_encoder(target, dtype=torch.float32)
+    found, wanted = load_clip(target, "default", "kept"), load_text_encoder(target, dtype=torch.float32)
     tokens = found.tokenize("a red ball")
     ids = torch.tensor([[entry[0] for entry in tokens["t5gemma"][0]]])
     network = found.cond_stage_model.network

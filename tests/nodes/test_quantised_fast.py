@@ -5,13 +5,14 @@ import comfy.quant_ops
 import comfy.sd
 import pytest
 import torch
+from comfy.model_management import module_size
 from pack.model_loader.fp8_linear import with_fp8_linears
 from pack.model_loader.load import load_dit
 from pack.model_loader.row_scales import quantised
-from pack.nodes import files, loaders
+from pack.nodes import files, loaders, weight_dtypes
 from pack.nodes.host import load_model
-from pack.nodes.loaders import LoadModel
-from pack.nodes.quantised import why_no_faster
+from pack.nodes.loaders import LoadCheckpoint, LoadModel, LoadTextEncoder
+from pack.nodes.weight_dtypes import why_no_faster
 from quantised_checks import (
     ATTENTION,
     BAR,
@@ -110,7 +111,7 @@ def test_the_loader_multiplies_in_them_where_that_is_faster_and_says_so(loaded, 
     reason = "cpu does not do that" if word == "fp8" else "comfy-kitchen has no kernels for that on cpu"
     assert told[1].endswith(f"Weights: {word}, computed in fp32")
     assert f"Weights: {word}, computed in fp32; not multiplied in {word}, because {reason}" in told[2]
-    monkeypatch.setattr(loaders, "why_no_faster", lambda kind: None)
+    monkeypatch.setattr(weight_dtypes, "why_no_faster", lambda kind: None)
     fast = LoadModel.execute(files.MODEL.nano, f"{kind}_fast").args[0]
     assert told[3].endswith(f"Weights: {word}, multiplied in {word}")
     again = fast.cached_patcher_init
@@ -135,8 +136,21 @@ def test_what_cannot_be_had_is_refused_with_what_can(loaded, monkeypatch):
     ):
         LoadModel.execute(files.MODEL.nano, "int8_fast")
     monkeypatch.setattr(comfy.quant_ops, "QuantizedTensor", type("QuantizedTensor", (), {}))
-    with pytest.raises(ValueError, match="int8, but comfy-kitchen is missing.*Choose bf16"):
+    with pytest.raises(ValueError, match="int8, but comfy-kitchen is missing.*Choose default"):
         LoadModel.execute(files.MODEL.nano, "int8")
+
+
+@pytest.mark.parametrize("choice", ["int8", "fp8_e4m3fn"])
+def test_the_text_encoder_becomes_small_by_choice_from_either_loader(loaded, choice):
+    wide = LoadTextEncoder.execute(files.TEXT_ENCODER.nano, "default").args[0]
+    small = LoadTextEncoder.execute(files.TEXT_ENCODER.nano, "default", choice).args[0]
+    names = [part.nano for part in files.PARTS]
+    again = LoadCheckpoint.execute(*names, "default", "default", text_encoder_dtype=choice).args[1]
+    assert again is small and wide is not small
+    sizes = [module_size(clip.cond_stage_model.network.layers) for clip in (small, wide)]
+    assert sizes[0] < 0.35 * sizes[1]
+    features = [clip.encode_from_tokens_scheduled(clip.tokenize("a red ball"))[0][0] for clip in (small, wide)]
+    assert 0 < relative([features[0]], [features[1]]) < (0.02 if choice == "int8" else 0.08)
 
 
 @pytest.mark.parametrize(
