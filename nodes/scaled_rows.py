@@ -45,8 +45,9 @@ class ScaledRows(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata, params):
-        """Return what is stored by the end of its name."""
-        return {"": qdata, "_scale": params.scale}
+        """Return what a file is to hold by the end of its name: without what fills rows and columns up."""
+        rows, columns = params.orig_shape
+        return {"": qdata[:rows, :columns].contiguous(), "_scale": params.scale[:rows].contiguous()}
 
 
 class Fp8ScaledRows(ScaledRows):

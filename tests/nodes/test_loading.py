@@ -11,11 +11,11 @@ from comfy_extras.nodes_model_merging import save_checkpoint
 from gguf_on_disk import write
 from pack.model_loader.checkpoint import Checkpoint, CheckpointError
 from pack.model_loader.load import tokenizer_json
-from pack.nodes import files
+from pack.nodes import files, weight_dtypes
 from pack.nodes.clip import ENCODER, token_count
 from pack.nodes.loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from pack.nodes.sampling import Sampler
-from quantised_checks import forward
+from quantised_checks import ATTENTION, EXPERTS, SHARED, forward, int8_products
 from safetensors.torch import load_file, save_file
 
 
@@ -113,6 +113,23 @@ def test_a_model_that_comfyui_saved_loads_again_with_its_lora(loaded, weights, l
         ):
             torch.testing.assert_close(found, meant, atol=1e-5, rtol=1e-5)
         model.unpatch_model()
+    finally:
+        for path in weights.glob("merged_distill*"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn_fast", pytest.param("int8_fast", marks=int8_products)])
+def test_what_comfyui_saves_of_a_model_for_fast_products_is_not_padded(loaded, weights, monkeypatch, weight_dtype):
+    monkeypatch.setattr(weight_dtypes, "why_no_faster", lambda kind: None)
+    model = LoadModel.execute(files.MODEL.nano, weight_dtype).args[0]
+    try:
+        save_checkpoint(model, filename_prefix="merged_distill", output_dir=str(weights))
+        (saved,) = (name for name in files.choices(files.MODEL) if name.startswith("merged_distill"))
+        again = LoadModel.execute(saved, "default").args[0]
+        for layer in (SHARED, f"{EXPERTS}.audio", f"{ATTENTION}.linear_qkv"):
+            found, meant = (m.model.diffusion_model.get_submodule(layer).weight for m in (again, model))
+            assert found.storage_shape == tuple(found.shape) and torch.equal(found.dequantize(), meant.dequantize())
+        assert meant.storage_shape == (144, 64) and meant.shape == (132, 64)
     finally:
         for path in weights.glob("merged_distill*"):
             path.unlink()
