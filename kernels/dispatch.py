@@ -16,6 +16,11 @@ FP8_CAPABILITY = (8, 9)  # Ada and later multiply e4m3
 ATTENTION_HEAD = 128  # columns of a head of the full-size network, the only size the attention kernels serve
 
 
+def cpu_multiplies_bf16():
+    """Tell whether the processor has instructions for products of bf16 matrices; ask torch, as far as it knows."""
+    return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a Triton kernel accepts; beyond it the reference runs."""

@@ -26,11 +26,11 @@ from . import padded_rows
 from .finite import require_finite
 from .forward_options import of_forward
 from .quantised import quantised_operations
+from .weight_dtypes import WIDE
 
 FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean latent of frame 0, [B,48,1,H,W]
 FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
 PREVIEW = "happyhorse.preview"  # key in a model file's header: JSON [49][3], colours of the latent channels and a bias
-WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 NOT_THE_FILE = "If it is not the file: take LoRAs away or lower their strength, and set 'HappyHorse Speed' back."
 
 
@@ -67,7 +67,7 @@ class ModelConfig(comfy.supported_models_base.BASE):
 
     latent_format = LatentFormat
     sampling_settings = {"shift": DEFAULT_SHIFT}
-    supported_inference_dtypes = list(WEIGHT_DTYPES)
+    supported_inference_dtypes = list(WIDE.values())
 
 
 class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -223,12 +223,6 @@ def with_shift(model, shift):
     shifted = model.clone()
     shifted.add_object_patch("model_sampling", sampling)
     return shifted
-
-
-def default_weight_dtype():
-    """Return bf16 where the device computes in it, else fp32."""
-    dtype = comfy.model_management.unet_dtype(supported_dtypes=list(WEIGHT_DTYPES))
-    return dtype if dtype in WEIGHT_DTYPES else torch.bfloat16
 
 
 def require_joint_latent(latent):

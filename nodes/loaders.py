@@ -6,7 +6,7 @@ from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.detect import DIT_VARIANTS
 from . import files, weight_dtypes
 from .clip import load_clip
-from .host import default_weight_dtype, load_model
+from .host import load_model
 from .memory import model_remarks
 from .notice import notice
 from .vae import load_audio, load_video
@@ -70,7 +70,7 @@ def _variant_input():
 def _load_model(node, model, weight_dtype, variant):
     path = files.find(files.MODEL, model)
     checkpoint = Checkpoint.open(path)
-    dtype = weight_dtypes.WIDE.get(weight_dtype) or default_weight_dtype()
+    dtype = weight_dtypes.WIDE.get(weight_dtype) or weight_dtypes.default_wide()
     quantised, remark = weight_dtypes.chosen("weight_dtype", weight_dtype, checkpoint)
     loaded = files.read_once(load_model, path, dtype, None if variant == "auto" else variant, quantised)
     weights = weight_dtypes.described(checkpoint, dtype, quantised) + remark

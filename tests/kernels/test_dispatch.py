@@ -141,3 +141,14 @@ def test_adding_to_the_stream_takes_the_place_it_is_given():
     place = torch.empty(2, 9, 48)
     found = kernels.add(x, delta, place[:, 2:7])
     assert torch.equal(found, x + delta) and torch.equal(place[:, 2:7], found)
+
+
+def test_a_processor_is_asked_for_what_multiplies_bf16(monkeypatch):
+    """The functions of torch.cpu are undocumented: where they are gone, the answer is no."""
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert dispatch.cpu_multiplies_bf16() is has
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert dispatch.cpu_multiplies_bf16() is False

@@ -87,6 +87,14 @@ def model_folders(weights, tmp_path_factory):
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
 
 
+@pytest.fixture(autouse=True)
+def plain_processor(monkeypatch):
+    """Let every processor be one without bf16, so that the loaders' default is the same on all."""
+    from pack.nodes import weight_dtypes
+
+    monkeypatch.setattr(weight_dtypes, "cpu_multiplies_bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def loaded(model_folders):
     """MODEL, CLIP, video VAE and audio VAE of the tiny files, from the loader node."""

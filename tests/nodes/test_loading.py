@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import comfy.cli_args
 import comfy.sd
 import folder_paths
 import pytest
@@ -225,8 +226,16 @@ def test_weight_dtype_is_the_linears_only(loaded, prompt, latent):
         assert 0 < (a - b).square().mean().sqrt() < 0.05 * a.square().mean().sqrt()
 
 
-def test_default_dtype_without_a_gpu_is_fp32(loaded):
-    assert LoadModel.execute(files.MODEL.nano, "default").args[0] is loaded[0]
+def test_the_default_without_a_gpu_is_bf16_where_the_processor_multiplies_it(weights, monkeypatch):
+    def default():
+        weight = LoadModel.execute(files.MODEL.nano, "default").args[0].model.diffusion_model
+        return weight.get_submodule(SHARED).weight.dtype
+
+    assert default() == torch.float32
+    monkeypatch.setattr(weight_dtypes, "cpu_multiplies_bf16", lambda: True)
+    assert default() == torch.bfloat16
+    monkeypatch.setattr(comfy.cli_args.args, "fp32_unet", True)
+    assert default() == torch.float32
 
 
 def test_weights_streamed_one_by_one_give_the_same(loaded, prompt, latent):
