@@ -154,7 +154,8 @@ def main():
         student,
         loss_of_step,
         steps=options.steps + options.own_steps,
-        peak_rate=8e-4,
+        peak_rate=4e-4,
+        muon=student.block,
         warmup=30,
         ema=0.995,
         save_every=80,  # whole walks of either kind: eight and five steps

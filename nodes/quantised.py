@@ -9,6 +9,7 @@ from torch.nn.functional import linear, pad
 
 from ..kernels import FP8, Fp8Rows, fp8_linear, quantise_rows
 from ..kernels.fp8 import dequantise_rows
+from ..model_loader.row_scales import quantised
 from .padded_rows import PaddedRows
 
 KITCHEN_DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # comfy-kitchen's numbers for what its operators return
@@ -52,8 +53,7 @@ def quantised_operations(compute_dtype, product=None):
                 use_blocks(self, weight, bytes(letters.tolist()).decode(), compute_dtype)
             elif scale is not None and (product or scale.ndim or weight.dtype == torch.int8):
                 if product == "fp8" and weight.dtype != FP8:  # e5m2
-                    rows = quantise_rows(weight.float() * scale)
-                    weight, scale = rows.values[:, : self.in_features], rows.scale
+                    weight, scale = quantised(FP8, weight, scale)
                 use_scaled_rows(self, weight, scale, compute_dtype, multiplied=product is not None)
             else:
                 if scale is not None:
