@@ -121,7 +121,9 @@ def main():
     parser.add_argument("--clips", type=int, default=12000)
     parser.add_argument("--first", type=int, default=0, help="number of the first clip: 12000 for some never seen")
     parser.add_argument(
-        "--from-weights", action="store_true", help="from nano/weights, at a third of the rate, mostly on whole clips"
+        "--from-weights",
+        action="store_true",
+        help="from nano/weights, by Muon, mostly on whole clips",
     )
     options = parser.parse_args()
     examples = Examples(options.clips, options.first)
@@ -147,11 +149,8 @@ def main():
         loss = wrong_video + (0.0 if sound_given else 0.5) * wrong_audio
         return loss, {"video": wrong_video.item(), "audio": wrong_audio.item() if not sound_given else 0.0}
 
-    peak_rate = 7e-4 if options.from_weights else 2e-3
-    train(
-        "dit_teacher", dit, loss_of_step,
-        steps=options.steps, peak_rate=peak_rate, warmup=200, ema=0.999, muon=dit.block,
-    )  # fmt: skip
+    how = {"peak_rate": 7e-4, "muon": dit.block} if options.from_weights else {"peak_rate": 2e-3}
+    train("dit_teacher", dit, loss_of_step, steps=options.steps, warmup=200, ema=0.999, **how)
 
 
 if __name__ == "__main__":
