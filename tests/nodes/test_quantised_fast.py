@@ -12,6 +12,7 @@ from pack.model_loader.row_scales import quantised
 from pack.nodes import files, loaders, weight_dtypes
 from pack.nodes.host import load_model
 from pack.nodes.loaders import LoadCheckpoint, LoadModel, LoadTextEncoder
+from pack.nodes.scaled_rows import Fp8ScaledRows, Int8ScaledRows
 from pack.nodes.weight_dtypes import why_no_faster
 from quantised_checks import (
     ATTENTION,
@@ -188,3 +189,17 @@ def test_a_lora_is_merged_into_what_is_multiplied_and_taken_off_again(quantised_
     patched.load(CPU, lowvram_model_memory=1)  # added as the layer runs, whose product is in bf16 then
     assert relative(forward(network), wanted) < error
     patched.detach()
+
+
+@pytest.mark.parametrize("layout", [Int8ScaledRows, Fp8ScaledRows])
+def test_after_a_lora_numbers_are_rounded_up_or_down_by_chance(layout):
+    """So that what is smaller than half a step is not lost everywhere; core gives a seed for each layer."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+
+    def rounded(seed):
+        values, params = layout.quantize(weight, scale="recalculate", stochastic_rounding=seed)
+        return layout.dequantize(values, params)
+
+    assert torch.equal(rounded(7), rounded(7)) and not torch.equal(rounded(7), rounded(8))
+    mean = torch.stack([rounded(seed) for seed in range(1, 65)]).mean(0)
+    assert (mean - weight).norm() < 0.3 * (rounded(0) - weight).norm()
