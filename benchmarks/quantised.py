@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.fp8 import dequantise_rows, quantise_rows
+from ..kernels import FP8
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.fp8_linear import with_fp8_linears
 from ..model_loader.load import fill
@@ -53,8 +53,9 @@ def int8_rows(x):
 
 
 def fp8_rows(x):
-    """Return what e4m3 with a scale a row leaves of x [..., C], in fp32."""
-    return dequantise_rows(quantise_rows(x), x.shape[-1])
+    """Return what e4m3 with a scale a row leaves of a weight [O, C], in fp32."""
+    values, scale = quantised(FP8, x)
+    return values.float() * scale
 
 
 def with_rounded_weights(network, rounded_rows):

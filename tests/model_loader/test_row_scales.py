@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.kernels import quantise_rows
+from pack.kernels import quantise_rows, quantise_weight
 from pack.model_loader import row_scales
 from pack.model_loader.row_scales import quantised, rotated_back
 
@@ -25,10 +25,14 @@ def test_int8_is_within_half_a_step(weight):
     assert values.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
 
 
-def test_fp8_is_what_the_kernels_reference_makes_of_rows(weight):
+def test_fp8_is_what_the_kernels_make_of_a_weight_and_nearer_than_rows_of_448(weight):
     values, scale = quantised(FP8, weight)
-    rows = quantise_rows(weight)
-    assert torch.equal(values.float(), rows.values.float()) and torch.equal(scale, rows.scale)
+    ours, rows = quantise_weight(weight), quantise_rows(weight)
+    assert torch.equal(values.float(), ours.values[:7].float()) and torch.equal(scale, ours.scale[:7])
+    off = [(found.float() * at - weight).norm(dim=1) for found, at in ((values, scale), rows)]
+    assert (off[0] <= off[1]).all() and (off[0] / off[1]).nanmean() < 0.95  # a row of zeros is not off
+    largest = values.float().abs().amax(1)
+    assert ((largest > 224) == (weight.abs().amax(1) > 0)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FP8])
