@@ -52,11 +52,13 @@ def weight_scale(weight):
     """Return scales [O, 1] for the rows of weight [O, I] fp32: of four within an octave those that round them least.
 
     A row's error depends on where its numbers lie between powers of two. Rounding costs nano's rows of 160 a tenth
-    less than with the largest magnitude at 448, rows of 4,096 normally distributed numbers 3 % less.
+    less than with the largest magnitude at 448, long rows of normally distributed numbers hardly less. Of those a
+    thousand numbers choose, for speed.
     """
     first = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
     scales = torch.stack([first * 2 ** (step / 4) for step in range(4)])
-    errors = [((weight / scale).to(FP8).float() * scale - weight).square().sum(-1, keepdim=True) for scale in scales]
+    some = weight[..., :: max(1, weight.shape[-1] // 1024)].contiguous()
+    errors = [((some / scale).to(FP8).float() * scale - some).square().sum(-1, keepdim=True) for scale in scales]
     return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
