@@ -8,6 +8,7 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 PLAYBACK_RATE = 44100  # Hz of every soundtrack we hand out
 
@@ -169,6 +170,14 @@ class AudioVAE(nn.Module):
         return resample(waveform, waveform.shape[-1] * PLAYBACK_RATE // self.config.sample_rate)
 
 
+def with_plain_weights(network):
+    """Compute the weights of weight-normed convolutions once and for all: streaming cannot follow computed ones."""
+    for layer in network.modules():
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
+    return network
+
+
 def stdev(scale):
     """Standard deviation of the audio latent, from the second half of the encoder's output."""
     return F.softplus(scale) + 1e-4
@@ -193,7 +202,7 @@ def initialise(module):
         if isinstance(layer, nn.modules.conv._ConvNd):
             weight = torch.empty_like(layer.weight)
             nn.init.kaiming_uniform_(weight, a=5**0.5)
-            if nn.utils.parametrize.is_parametrized(layer):
+            if parametrize.is_parametrized(layer):
                 layer.weight = weight  # splits it into direction and length
             else:
                 layer.weight.copy_(weight)

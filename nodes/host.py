@@ -25,6 +25,7 @@ from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 from . import padded_rows
 from .finite import require_finite
 from .forward_options import of_forward
+from .patcher import saving_integers
 from .quantised import quantised_operations
 from .weight_dtypes import WIDE
 
@@ -205,7 +206,7 @@ def load_model(path, weight_dtype, variant=None, quantised=None, disable_dynamic
     if colours is not None:
         model.latent_format.use_colours(json.loads(colours))
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(
+    patcher = saving_integers(patcher_class)(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),

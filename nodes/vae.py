@@ -11,7 +11,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..model_loader.core_vae import PLAYBACK_RATE, resample
+from ..model_loader.core_vae import PLAYBACK_RATE, resample, with_plain_weights
 from ..model_loader.load import load_audio_vae, load_video_vae
 from ..model_loader.turbo_vae import TurboVAE
 from ..sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows
@@ -25,13 +25,16 @@ from .finite import require_finite
 class HappyHorseVAE(comfy.sd.VAE):
     """comfy.sd.VAE with a ready network in place of one that it recognises from its tensors."""
 
-    def __init__(self, network, dtype, patcher_class):
+    def __init__(self, network, dtype):
         # Its pass-through VAE sets every default that a stock method may read, in this and later versions.
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=dtype)
         self.first_stage_model = network
         comfy.model_management.archive_model_dtypes(network)
         offload_device = comfy.model_management.vae_offload_device()
-        self.patcher = patcher_class(network, load_device=self.device, offload_device=offload_device)
+        self.patcher = comfy.model_patcher.CoreModelPatcher(
+            network, load_device=self.device, offload_device=offload_device
+        )
+        self.disable_offload = False  # every layer streams
         self.size = comfy.model_management.module_size(network)
 
 
@@ -39,9 +42,8 @@ class VideoVAE(HappyHorseVAE):
     """Pictures [F,H,W,3] in [0,1] <-> normalised latents [1,48,T,H/16,W/16], F = 4T-3."""
 
     def __init__(self, network, dtype):
-        super().__init__(network, dtype, comfy.model_patcher.CoreModelPatcher)
+        super().__init__(network, dtype)
         turbo = isinstance(network, TurboVAE)
-        self.disable_offload = False
         self.latent_dim = 3
         self.latent_channels = network.config.latent_channels if turbo else network.config.z_dim
         self.upscale_ratio = (lambda frames: max(0, 4 * frames - 3), 16, 16)
@@ -160,8 +162,7 @@ class AudioVAE(HappyHorseVAE):
     """Stereo [B,n,2] at 44100 Hz <-> latents [B,64,L], 25 a second."""
 
     def __init__(self, network):
-        # Weight-normed convolutions compute their weights, which streaming cannot follow: loaded whole, as core does.
-        super().__init__(PlaybackAudio(network), torch.float32, comfy.model_patcher.ModelPatcher)
+        super().__init__(PlaybackAudio(network), torch.float32)
         hop = network.hop * PLAYBACK_RATE // network.config.sample_rate
         values = 8 * network.config.channels
         self.latent_dim = 1
@@ -195,7 +196,7 @@ def load_video(path):
 
 def load_audio(path):
     """Read an audio VAE file into a VAE, fp32."""
-    return AudioVAE(load_audio_vae(path))
+    return AudioVAE(with_plain_weights(load_audio_vae(path)))
 
 
 def require_video_vae(vae):

@@ -1,0 +1,112 @@
+"""Script: transformers of every kind of weights, with and without a LoRA, under one way of managing memory.
+
+Arguments: the built card, "processor", "plain" (core's own partial loading) or "dynamic" (comfy-aimdo's), GiB, a folder
+for files, the file to which {name: latents} are saved.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+built, mode, gib, files_folder, results_file = (kind(word) for kind, word in zip(
+    (Path, str, float, Path, Path), sys.argv[1:], strict=True
+))  # fmt: skip
+sys.argv = sys.argv[:1]
+sys.path[0] = os.environ["COMFYUI_PATH"]
+if mode != "processor":
+    sys.path.insert(1, str(HERE.parents[1] / "benchmarks" / "simulated_card"))
+    import card
+
+    card.put_in(built, gib)
+
+import comfy.cli_args  # noqa: E402
+
+comfy.cli_args.args.cpu = mode == "processor"
+if mode == "dynamic":  # as main.py does
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init(implementation="cuda")
+
+import comfy.memory_management  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+
+if mode == "dynamic":
+    assert comfy_aimdo.control.init_devices([(0, 0)])
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+
+import runpy  # noqa: E402
+from dataclasses import replace  # noqa: E402
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras.nodes_model_merging import save_checkpoint  # noqa: E402
+
+runpy.run_path(str(HERE.parents[1] / "as_package.py"))["load_pack"]()
+sys.path += [str(HERE.parent / "nodes"), str(HERE.parent / "model_loader")]
+from gguf_on_disk import write  # noqa: E402
+from pack.model_loader.dit import DiT  # noqa: E402
+from pack.model_loader.load import load_dit, published_tensors, save_part  # noqa: E402
+from pack.nodes import weight_dtypes  # noqa: E402
+from pack.nodes.files import NANO_WEIGHTS  # noqa: E402
+from pack.nodes.loaders import LoadModel  # noqa: E402
+from quantised_checks import make_lora  # noqa: E402
+
+weight_dtypes.cpu_multiplies_bf16 = lambda: True  # bf16 everywhere, whatever this processor does by itself
+FILE, BLOCKS = "tiny_distill.safetensors", "tiny_distill_Q8_0.gguf"
+
+
+def write_files():
+    """Write the tiny transformer as a published file and as a .gguf file; return a LoRA for it."""
+    torch.manual_seed(5)
+    config = replace(load_dit(NANO_WEIGHTS / "nano_dit.safetensors").config, hidden_size=256, head_dim=32)
+    network = DiT(config).eval()
+    if not (files_folder / FILE).exists():
+        save_part(files_folder / FILE, network, "dit", config, "distill")
+        tensors = published_tensors("dit", network.state_dict(), config)
+        write(files_folder / BLOCKS, tensors, "Q8_0", "magihuman")
+    folder_paths.folder_names_and_paths["diffusion_models"] = ([str(files_folder)], {".safetensors"})
+    return make_lora(network)[0]
+
+
+def sample(model):
+    """Return the latent of three Euler steps, packed, as core samples."""
+    from pack.nodes.conditioning import EmptyLatent
+
+    latent = EmptyLatent.execute({"size": "custom", "width": 64, "height": 32}, 0.4).args[0]["samples"]
+    text = torch.randn(1, 9, model.model.diffusion_model.config.text_in_channels, generator=torch.manual_seed(2))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds([[text, {}]], [[text, {}]])
+    guider.set_cfg(1.0)
+    sampler, noise = comfy.samplers.ksampler("euler"), comfy.sample.prepare_noise(latent, 3)
+    sampled = guider.sample(noise, latent, sampler, torch.tensor([1.0, 0.7, 0.3, 0.0]), disable_pbar=True, seed=3)
+    return torch.cat([part.float().flatten().cpu() for part in sampled.unbind()])
+
+
+def main():
+    """Sample with every kind of weights: plain, with the LoRA, without it again, and as core saved the LoRA's."""
+    lora, results = write_files(), {}
+    for kind in ("bf16", "int8", "fp8_e4m3fn", "fp8_e4m3fn_fast", "gguf"):
+        file, weight_dtype = (BLOCKS, "default") if kind == "gguf" else (FILE, kind)
+        model = LoadModel.execute(file, weight_dtype).args[0]
+        changed, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+        results[kind] = sample(model)
+        results[f"{kind}, LoRA"] = sample(changed)
+        results[f"{kind}, LoRA off"] = sample(model)
+        if kind != "gguf":
+            save_checkpoint(
+                changed, filename_prefix=f"merged_distill_{mode}_{gib}_{kind}", output_dir=str(files_folder)
+            )
+            (saved,) = files_folder.glob(f"merged_distill_{mode}_{gib}_{kind}*")
+            results[f"{kind}, saved"] = sample(LoadModel.execute(saved.name, "default").args[0])
+        comfy.model_management.unload_all_models()
+    torch.save(results, results_file)
+
+
+with torch.inference_mode():
+    main()

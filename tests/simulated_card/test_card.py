@@ -1,0 +1,86 @@
+"""The simulated card is one: torch on it, models under each way of managing memory, workflows on a server."""
+
+import av
+import numpy as np
+import pytest
+import torch
+
+WAYS = {  # name: (mode, GiB of the card)
+    "processor": ("processor", 0),
+    "whole": ("plain", 24),
+    "streamed": ("plain", 1.2),
+    "dynamic": ("dynamic", 24),
+    "dynamic, streamed": ("dynamic", 0.2),
+}
+
+
+def test_torch_finds_a_card(run_script):
+    run_script("torch_on_the_card.py")
+
+
+@pytest.fixture(scope="module")
+def sampled(run_script, tmp_path_factory):
+    """Latents by way and kind of weights: {way: {kind: [n]}}."""
+    folder, found = tmp_path_factory.mktemp("models"), {}
+    for way, (mode, gib) in WAYS.items():
+        result = folder / f"{mode}_{gib}.pt"
+        run_script("models_on_the_card.py", mode, gib, folder, result)
+        found[way] = torch.load(result)
+    return found
+
+
+def off(a, b):
+    """Relative RMS difference of two latents."""
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+def test_a_model_is_the_same_however_its_weights_are_managed(sampled, way):
+    found, wanted = sampled[way], sampled["processor"]
+    assert found.keys() == wanted.keys() and len(found) == 19
+    for kind in ("bf16", "int8", "fp8_e4m3fn", "gguf"):
+        assert torch.equal(found[kind], wanted[kind]), kind
+        assert torch.equal(found[f"{kind}, LoRA off"], wanted[kind]), kind
+        assert off(found[f"{kind}, LoRA"], found[kind]) > 0.05, "the LoRA changes something"
+        # On cards core adds LoRAs in fp16; to fp8 weights it adds them while they are wide, or rounds the sum.
+        assert off(found[f"{kind}, LoRA"], wanted[f"{kind}, LoRA"]) < (0.04 if "fp8" in kind else 0.01), kind
+    for kind in ("bf16", "int8", "fp8_e4m3fn"):
+        assert off(found[f"{kind}, saved"], wanted[f"{kind}, LoRA"]) < 0.01, "core saved the LoRA with the weights"
+    assert torch.equal(found["fp8_e4m3fn_fast"], found["fp8_e4m3fn_fast, LoRA off"])
+    assert 0.005 < off(found["fp8_e4m3fn_fast"], wanted["fp8_e4m3fn"]) < 0.03, "inputs are rounded too, on a card"
+
+
+def frames_of(output):
+    """Return the frames [F,H,W,3] of every clip in a folder, in order."""
+    clips = []
+    for path in sorted(output.glob("output/video/*.mp4")):
+        with av.open(str(path)) as container:
+            clips.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
+    return clips
+
+
+NANO = ("nano_t2v", "nano_super_resolution", "nano_image_and_soundtrack", "nano_continue_a_clip")
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Clips of the ways that ran before, to compare with."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("gib", "arguments"),
+    [
+        pytest.param(24, [], id="as it starts"),
+        pytest.param(0.3, [], id="dynamic, small"),
+        pytest.param(24, ["--disable-dynamic-vram"], id="not dynamic"),
+        pytest.param(24, ["--novram"], id="novram"),
+    ],
+)
+def test_workflows_give_the_same_clips(serve, graph, tmp_path, clips, gib, arguments):
+    outputs, nodes = serve(gib, arguments, [graph(name) for name in NANO])
+    assert len(outputs) == len(NANO) and 0 < max(node["peak"] for node in nodes) <= gib * 2**30
+    found = frames_of(tmp_path)
+    assert len(found) == len(NANO) and all(clip.std() > 10 for clip in found)
+    for clip, first in zip(found, clips.setdefault("first", found), strict=True):
+        assert np.abs(clip.astype(int) - first).mean() < 1
