@@ -1,4 +1,4 @@
-"""The simulated card (benchmarks/simulated_card), built once; scripts and servers on it run in processes of their own."""
+"""The simulated card of benchmarks/, built once; scripts and servers run on it in processes of their own."""
 
 import json
 import os

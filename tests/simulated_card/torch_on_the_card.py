@@ -22,10 +22,8 @@ def raises(error, words, call):
         raise AssertionError(f"no {error.__name__}")
 
 
-def main():
-    """Numbers as on the CPU, no mixing with it, memory that is counted, given back and runs out."""
-    host = torch.randn(4, 6, 16)
-    on_card = host.to("cuda")
+def numbers(host, on_card):
+    """Numbers are as on the CPU, and its tensors may not be mixed with the card's."""
     assert on_card.is_cuda and torch.equal(on_card.cpu(), host) and driver.card_used() == host.nbytes
     weight, bias = torch.randn(8, 16), torch.randn(8)
     kernel, clip = torch.randn(3, 2, 3, 3, 3), torch.randn(1, 2, 4, 5, 5)
@@ -43,13 +41,17 @@ def main():
     raises(RuntimeError, "same device", lambda: on_card + host)
     raises(RuntimeError, "same device", lambda: F.linear(on_card, weight))
     raises(RuntimeError, "same device", lambda: F.scaled_dot_product_attention(on_card, host, host))
-    raises(torch.OutOfMemoryError, "out of memory", lambda: torch.empty(2**29, device="cuda"))
-    half = torch.empty(2**27, device="cuda")
-    raises(torch.OutOfMemoryError, "out of memory", lambda: half + 1.0 + half)
-    del half, on_card
-    assert driver.card_used() == 0 and 2**29 < driver.card_peak() <= 2**30
     noise = torch.randn(3, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     assert torch.equal(noise.cpu(), torch.randn(3, generator=torch.Generator().manual_seed(1)))
 
 
-main()
+def memory(half):
+    """Memory runs out."""
+    raises(torch.OutOfMemoryError, "out of memory", lambda: torch.empty(2**29, device="cuda"))
+    raises(torch.OutOfMemoryError, "out of memory", lambda: half + 1.0 + half)
+
+
+host = torch.randn(4, 6, 16)
+numbers(host, host.to("cuda"))
+memory(torch.empty(2**27, device="cuda"))
+assert driver.card_used() == 0 and 2**29 < driver.card_peak() <= 2**30
