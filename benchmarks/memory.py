@@ -22,6 +22,7 @@ from ..sampler.memory import (
     Stage,
     activation_bytes,
     decode_bytes,
+    sampling_bytes,
     token_count,
     weight_bytes,
 )
@@ -55,8 +56,8 @@ def tokens_of(size, seconds):
 
 
 def sampling(name, config, size, seconds, precision):
-    """Return the Stage of a transformer's forwards at a size in pixels."""
-    activations = activation_bytes(config, tokens_of(size, seconds))
+    """Return the Stage of sampling with a transformer at a size in pixels."""
+    activations = sampling_bytes(config, tokens_of(size, seconds))
     return Stage(f"{name} {size[0]}x{size[1]}", *weight_bytes("dit", config, precision), activations)
 
 

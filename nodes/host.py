@@ -20,7 +20,7 @@ from ..model_loader.detect import describe
 from ..model_loader.layouts import as_published
 from ..model_loader.load import load_dit
 from ..sampler.conditioning import with_first_image
-from ..sampler.memory import TEXT_TOKENS, activation_bytes
+from ..sampler.memory import TEXT_TOKENS, sampling_bytes
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 from . import padded_rows
 from .finite import require_finite
@@ -111,11 +111,9 @@ class HappyHorse(comfy.model_base.BaseModel):
         return torch.float32
 
     def memory_required(self, input_shape, cond_shapes=None):
-        """Return the bytes that activations take for packed latents of `input_shape` [B,1,N]."""
+        """Return the bytes beyond weights that sampling takes for packed latents of `input_shape` [B,1,N]."""
         config = self.diffusion_model.config
-        return activation_bytes(
-            config, math.prod(input_shape) / config.video_in_channels + input_shape[0] * TEXT_TOKENS
-        )
+        return sampling_bytes(config, math.prod(input_shape) / config.video_in_channels + input_shape[0] * TEXT_TOKENS)
 
     def extra_conds(self, **kwargs):
         """Collect what one forward needs; texts keep their length (core's own text condition pads by repetition)."""

@@ -4,7 +4,7 @@ import comfy.model_management
 import torch
 from comfy.model_management import module_size
 
-from ..sampler.memory import Stage, activation_bytes, clip_too_large, model_too_large, token_count
+from ..sampler.memory import Stage, clip_too_large, model_too_large, sampling_bytes, token_count
 from .host import require_happyhorse
 
 
@@ -15,7 +15,7 @@ def clip_remarks(model, width, height, frames, audio):
     """
     happyhorse = require_happyhorse(model)
     network = happyhorse.diffusion_model
-    activations = activation_bytes(network.config, token_count(width, height, frames, audio))
+    activations = sampling_bytes(network.config, token_count(width, height, frames, audio))
     largest = max(module_size(part) for part in network.modules() if not any(part.children()))
     stage = Stage(f"{width}x{height} of this length", module_size(happyhorse), largest, activations)
     have = comfy.model_management.get_total_memory(model.load_device)

@@ -20,6 +20,9 @@ TEXT_TOKENS = 640  # at most
 # outputs), and of the tokens that pass the linears at a time (model_loader/dit_layers.py): 4.9 GB for five seconds of
 # 1080p. Counted tensor by tensor by `benchmarks.memory --check`.
 TOKEN_BYTES, PIECE_BYTES, PIECE = 10.2, 69, 4096
+# fp32 copies of the latent that ComfyUI's sampling and our solver hold beside a forward, such as noise, start and
+# estimates: 0.9 GB for 1080p super-resolution (benchmarks.budgets).
+LATENT_COPIES = 19
 # Peak of one step of decoding in values for every pixel of the picture and channel of the widest full-size layer: 4
 # frames and what the convolutions keep of the step before (Wan2.2).
 WAN_VALUES = 16
@@ -84,6 +87,11 @@ def token_count(width, height, frames, audio):
 def activation_bytes(config, tokens):
     """Return the peak bytes of activations in one forward of a DiT (DiTConfig) over so many tokens."""
     return config.hidden_size * int(tokens * TOKEN_BYTES + min(tokens, PIECE) * PIECE_BYTES)
+
+
+def sampling_bytes(config, tokens):
+    """Return the peak bytes beyond weights while ComfyUI samples so many tokens: a forward's, and latents."""
+    return activation_bytes(config, tokens) + int(tokens) * config.video_in_channels * 4 * LATENT_COPIES
 
 
 def decode_bytes(config, width, height, dtype):

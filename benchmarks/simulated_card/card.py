@@ -71,6 +71,7 @@ def put_in(folder, gib, numbers=True):
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # Triton imports it
     for name, value in _torch_cuda(driver, total).items():
         setattr(torch.cuda, name, value)
+    torch.cuda.memory.memory_summary = torch.cuda.memory_summary  # ComfyUI logs it when memory ran out
     _let_aimdo_make_tensors()
     return driver
 

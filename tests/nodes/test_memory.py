@@ -9,7 +9,7 @@ from pack.nodes.loaders import LoadModel
 from pack.nodes.prompt import EncodePrompt
 from pack.nodes.sampling import Sampler
 from pack.nodes.super_resolution import SuperResolution
-from pack.sampler.memory import activation_bytes
+from pack.sampler.memory import sampling_bytes
 
 CPU = torch.device("cpu")
 
@@ -20,10 +20,10 @@ def memory_of(monkeypatch):
     return lambda size: monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device=None: size)
 
 
-def test_core_is_told_what_a_forward_takes(loaded):
+def test_core_is_told_what_sampling_takes(loaded):
     happyhorse = loaded[0].model
     config = happyhorse.diffusion_model.config
-    assert happyhorse.memory_required([2, 1, 192 * 1000]) == activation_bytes(config, 2 * (1000 + 640))
+    assert happyhorse.memory_required([2, 1, 192 * 1000]) == sampling_bytes(config, 2 * (1000 + 640))
 
 
 def test_the_sampler_warns_before_a_clip_does_not_fit(loaded, prompt, latent, notices, memory_of):

@@ -1,0 +1,49 @@
+"""The full-size pipeline, through ComfyUI, stays within the cards it is made for, and takes what is predicted."""
+
+import pytest
+import torch
+from pack.benchmarks.budgets import SET_ASIDE, STAGES, pipeline, run
+from pack.benchmarks.empty_files import write_models
+from pack.benchmarks.memory import tokens_of
+from pack.model_loader.config import DISTILL, SR_540P, SR_1080P, TURBO_7_7
+from pack.sampler.memory import decode_bytes, sampling_bytes
+from pack.sampler.sizes import pixel_size
+
+SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder of a whole pipeline's files in int8, of the full size, without content."""
+    folder = tmp_path_factory.mktemp("empty")
+    write_models(folder, "int8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("gib", "size", "config", "way"),
+    [
+        pytest.param(24, "1080p", SR_1080P, "dynamic", id="1080p in 24 GB"),
+        pytest.param(16, "540p", SR_540P, "not dynamic", id="540p in 16 GB"),
+        pytest.param(12, "256p", None, "dynamic", id="256p in 12 GB"),
+    ],
+)
+def test_the_pipeline_fits(built, models, gib, size, config, way):
+    nodes, error = run(built, models, gib, pipeline(size, SECONDS), way)
+    assert error is None
+    used = {node["node"]: node for node in nodes}
+    assert used.keys() >= STAGES.keys() - ({"SuperResolution"} if config is None else set())
+    assert 10e9 < max(node["peak"] for node in nodes) <= gib * 2**30 - SET_ASIDE
+    predicted = {"Sampler": sampling_bytes(DISTILL, tokens_of(pixel_size("256p", "16:9"), SECONDS))}
+    if config is not None:
+        predicted["SuperResolution"] = sampling_bytes(config, tokens_of(pixel_size(size, "16:9"), SECONDS))
+        predicted["SaveVideo"] = decode_bytes(TURBO_7_7, *pixel_size(size, "16:9"), torch.bfloat16)
+    for node, expected in predicted.items():
+        beyond_weights = used[node]["peak"] - used[node]["after"]
+        assert beyond_weights == pytest.approx(expected, rel=0.1), node
+
+
+def test_a_card_that_is_too_small_is_told_so(built, models):
+    nodes, error = run(built, models, 5, pipeline("1080p", SECONDS))
+    assert "out of memory" in error
+    assert [node["node"] for node in nodes if node["node"] in STAGES] == ["Sampler", "SuperResolution"]
