@@ -22,6 +22,7 @@ from ..sampler.memory import (
     Stage,
     activation_bytes,
     decode_bytes,
+    encode_bytes,
     sampling_bytes,
     token_count,
     weight_bytes,
@@ -127,6 +128,17 @@ def step_bytes(network, config, size):
     return live.peak
 
 
+@torch.no_grad()
+def encoding_bytes(config, frames, size):
+    """Count the peak of encoding so many frames with a full-size Wan2.2 VAE in bf16 at a size in pixels."""
+    vae = build("wan_vae", config, dtype=torch.bfloat16)
+    vae.vae.encoder.middle[1].optimized_attention = lambda q, k, v: torch.empty_like(q)
+    pixels = torch.empty(1, 3, frames, size[1], size[0], device="meta")
+    with LiveBytes() as live:
+        vae.encode_raw(pixels)
+    return live.peak
+
+
 def checks():
     """Yield (what, predicted bytes, counted bytes)."""
     for resolution, config in (("256p", DISTILL), ("540p", SR_540P), ("1080p", SR_1080P)):
@@ -141,6 +153,10 @@ def checks():
                 decode_bytes(config, *size, torch.bfloat16),
                 step_bytes(network, config, size),
             )
+    for frames in (1, 9):
+        size = pixel_size("1080p", "16:9")
+        predicted = encode_bytes(WAN22_VAE, frames, *size, torch.bfloat16)
+        yield f"encode, wan_vae, {frames} frames of 1080p", predicted, encoding_bytes(WAN22_VAE, frames, size)
 
 
 def main(arguments=None):

@@ -16,7 +16,7 @@ from ..model_loader.load import load_audio_vae, load_video_vae
 from ..model_loader.turbo_vae import TurboVAE
 from ..sampler.audio_windows import SAMPLES_PER_LATENT, WINDOW_LATENTS, encode_in_windows
 from ..sampler.media import first_image, frames_one_by_one
-from ..sampler.memory import decode_bytes
+from ..sampler.memory import decode_bytes, encode_bytes
 from ..sampler.sizes import pixel_frames
 from ..sampler.strips import OVERLAP, STRIP, decode_in_strips, strips
 from .finite import require_finite
@@ -52,8 +52,8 @@ class VideoVAE(HappyHorseVAE):
         self.downscale_index_formula = (4, 16, 16)
         config = network.config
         self.memory_used_decode = lambda shape, dtype: decode_bytes(config, 16 * shape[-1], 16 * shape[-2], dtype)
-        # A step of the encoder is no larger than the decoder's.
-        self.memory_used_encode = lambda shape, dtype: decode_bytes(config, shape[-1], shape[-2], dtype)
+        if not turbo:  # which has no encoder
+            self.memory_used_encode = lambda shape, dtype: encode_bytes(config, shape[-3], shape[-1], shape[-2], dtype)
 
     def vae_encode_crop_pixels(self, pixels):
         """Crop to whole latents: sides to multiples of 16 about the middle, frames [F,H,W,3] to the first 4k+1."""

@@ -26,6 +26,8 @@ LATENT_COPIES = 19
 # Peak of one step of decoding in values for every pixel of the picture and channel of the widest full-size layer: 4
 # frames and what the convolutions keep of the step before (Wan2.2).
 WAN_VALUES = 16
+# The same of encoding, per channel of the encoder's first layer: 4 frames and what is kept of those before, or 1 frame.
+WAN_ENCODED_VALUES, WAN_ENCODED_PICTURE_VALUES = 9.6, 2.1
 # The same for one tensor of a window of 9 latent frames (TurboVAED), 36 frames of half the width and height and twice
 # the channels, and for 2 of its frames. A residual block has two such tensors, a piece of one that is normed, with a
 # frame more on either side, and that piece convolved.
@@ -105,6 +107,15 @@ def decode_bytes(config, width, height, dtype):
         window = TURBO_VALUES * values
         return 2 * window + 2 * min(window, DECODE_PIECE_BYTES) + TURBO_MARGIN_VALUES * values
     return values * WAN_VALUES * config.dec_dim
+
+
+def encode_bytes(config, frames, width, height, dtype):
+    """Return the peak bytes of a step of the Wan2.2 encoder (WanVAEConfig) at width x height pixels; as decode_bytes.
+
+    frames: 1 takes a quarter of what more take, however many they are.
+    """
+    values = WAN_ENCODED_PICTURE_VALUES if frames == 1 else WAN_ENCODED_VALUES
+    return int(width * height * dtype.itemsize * config.dim * values)
 
 
 def weight_bytes(network, config, precision):

@@ -115,7 +115,7 @@ def _torch_cuda(driver, total):
         "get_device_capability": CAPABILITY, "get_device_properties": properties, "get_allocator_backend": "native",
         "is_bf16_supported": True, "is_current_stream_capturing": False, "cudart": host_calls,
         "current_stream": Stream(), "default_stream": Stream(), "stream": contextlib.nullcontext(),
-        "memory_summary": NAME,
+        "memory_summary": NAME, "_exchange_device": 0, "_maybe_exchange_device": 0,
     }  # fmt: skip
     calls = {name: lambda *_, value=value, **__: value for name, value in constants.items()}
     idle = ("init", "_lazy_init", "set_device", "synchronize", "empty_cache", "ipc_collect", "manual_seed")

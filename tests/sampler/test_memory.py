@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from pack.benchmarks.memory import LiveBytes, forward_bytes, main, step_bytes
+from pack.benchmarks.memory import LiveBytes, encoding_bytes, forward_bytes, main, step_bytes
 from pack.model_loader.config import DISTILL, T5GEMMA_9B, TURBO_7_7, WAN22_VAE
 from pack.sampler.memory import (
     Stage,
     activation_bytes,
     clip_too_large,
     decode_bytes,
+    encode_bytes,
     model_too_large,
     sampling_bytes,
     token_count,
@@ -47,6 +48,13 @@ def test_decoding_takes_what_is_predicted(network, config):
     for size in ((448, 256), (960, 544)):
         predicted, counted = decode_bytes(config, *size, torch.bfloat16), step_bytes(network, config, size)
         assert 0.9 * counted < predicted < 1.15 * counted
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_encoding_takes_what_is_predicted(frames):
+    size = (448, 256)
+    predicted = encode_bytes(WAN22_VAE, frames, *size, torch.bfloat16)
+    assert 0.9 * encoding_bytes(WAN22_VAE, frames, size) < predicted < 1.15 * encoding_bytes(WAN22_VAE, frames, size)
 
 
 def test_counting_live_bytes():
