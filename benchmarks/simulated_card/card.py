@@ -118,8 +118,18 @@ def _torch_cuda(driver, total):
         "memory_summary": NAME, "_exchange_device": 0, "_maybe_exchange_device": 0,
     }  # fmt: skip
     calls = {name: lambda *_, value=value, **__: value for name, value in constants.items()}
-    idle = ("init", "_lazy_init", "set_device", "synchronize", "empty_cache", "ipc_collect", "manual_seed")
+    idle = (
+        "init",
+        "_lazy_init",
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "ipc_collect",
+        "manual_seed",
+        "set_rng_state",
+    )
     calls |= {name: lambda *_, **__: None for name in (*idle, "manual_seed_all")}
+    calls["get_rng_state"] = lambda *_: b""
     calls["mem_get_info"] = lambda *_: (driver.card_budget() - driver.card_used(), driver.card_budget())
     calls["max_memory_allocated"] = lambda *_: driver.card_peak()
     calls["memory_allocated"] = lambda *_: driver.card_used()

@@ -1,7 +1,8 @@
 """Script: transformers of every kind of weights, with and without a LoRA, under one way of managing memory.
 
-Arguments: the built card, "processor", "plain" (core's own partial loading) or "dynamic" (comfy-aimdo's), GiB, a folder
-for files, the file to which {name: latents} are saved.
+Arguments: the built card, a mode, GiB, a folder for files, the file to which {name: latents} are saved. Modes:
+"processor", "plain" (core's own partial loading), "dynamic" (comfy-aimdo's), and "kernels", which is dynamic with our
+Triton kernels, interpreted.
 """
 
 import os
@@ -13,6 +14,9 @@ built, mode, gib, files_folder, results_file = (kind(word) for kind, word in zip
     (Path, str, float, Path, Path), sys.argv[1:], strict=True
 ))  # fmt: skip
 sys.argv = sys.argv[:1]
+dynamic = mode in ("dynamic", "kernels")
+if mode == "kernels":
+    os.environ["TRITON_INTERPRET"] = "1"
 sys.path[0] = os.environ["COMFYUI_PATH"]
 if mode != "processor":
     sys.path.insert(1, str(HERE.parents[1] / "benchmarks" / "simulated_card"))
@@ -23,7 +27,7 @@ if mode != "processor":
 import comfy.cli_args  # noqa: E402
 
 comfy.cli_args.args.cpu = mode == "processor"
-if mode == "dynamic":  # as main.py does
+if dynamic:  # as main.py does
     import comfy_aimdo.control
 
     comfy_aimdo.control.init(implementation="cuda")
@@ -32,7 +36,7 @@ import comfy.memory_management  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 
-if mode == "dynamic":
+if dynamic:
     assert comfy_aimdo.control.init_devices([(0, 0)])
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
@@ -50,11 +54,13 @@ from comfy_extras.nodes_model_merging import save_checkpoint  # noqa: E402
 runpy.run_path(str(HERE.parents[1] / "as_package.py"))["load_pack"]()
 sys.path += [str(HERE.parent / "nodes"), str(HERE.parent / "model_loader")]
 from gguf_on_disk import write  # noqa: E402
+from pack.kernels import dispatch  # noqa: E402
 from pack.model_loader.dit import DiT  # noqa: E402
 from pack.model_loader.load import load_dit, published_tensors, save_part  # noqa: E402
 from pack.nodes import weight_dtypes  # noqa: E402
 from pack.nodes.files import NANO_WEIGHTS  # noqa: E402
 from pack.nodes.loaders import LoadModel  # noqa: E402
+from pack.nodes.speed import with_compiled_layers  # noqa: E402
 from quantised_checks import make_lora  # noqa: E402
 
 weight_dtypes.cpu_multiplies_bf16 = lambda: True  # bf16 everywhere, whatever this processor does by itself
@@ -88,25 +94,31 @@ def sample(model):
     return torch.cat([part.float().flatten().cpu() for part in sampled.unbind()])
 
 
-def main():
-    """Sample with every kind of weights: plain, with the LoRA, without it again, and as core saved the LoRA's."""
-    lora, results = write_files(), {}
+def kinds_of_weights(lora):
+    """Yield (name, latents) of every kind of weights: plain, with a LoRA, without it again, and as core saved both."""
     for kind in ("bf16", "int8", "fp8_e4m3fn", "fp8_e4m3fn_fast", "gguf"):
         file, weight_dtype = (BLOCKS, "default") if kind == "gguf" else (FILE, kind)
         model = LoadModel.execute(file, weight_dtype).args[0]
         changed, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-        results[kind] = sample(model)
-        results[f"{kind}, LoRA"] = sample(changed)
-        results[f"{kind}, LoRA off"] = sample(model)
+        yield kind, sample(model)
+        yield f"{kind}, LoRA", sample(changed)
+        yield f"{kind}, LoRA off", sample(model)
         if kind != "gguf":
-            save_checkpoint(
-                changed, filename_prefix=f"merged_distill_{mode}_{gib}_{kind}", output_dir=str(files_folder)
-            )
-            (saved,) = files_folder.glob(f"merged_distill_{mode}_{gib}_{kind}*")
-            results[f"{kind}, saved"] = sample(LoadModel.execute(saved.name, "default").args[0])
+            name = f"merged_distill_{mode}_{gib}_{kind}"
+            save_checkpoint(changed, filename_prefix=name, output_dir=str(files_folder))
+            (saved,) = files_folder.glob(f"{name}*")
+            yield f"{kind}, saved", sample(LoadModel.execute(saved.name, "default").args[0])
         comfy.model_management.unload_all_models()
-    torch.save(results, results_file)
+
+
+def kernels():
+    """Yield (name, latents) with our kernels, and of layers that dynamo splits as for torch.compile."""
+    assert dispatch.triton_kernels() is not None
+    for kind in ("bf16", "int8", "fp8_e4m3fn_fast"):
+        yield kind, sample(LoadModel.execute(FILE, kind).args[0])
+    yield "compiled", sample(with_compiled_layers(LoadModel.execute(FILE, "bf16").args[0], backend="eager"))
 
 
 with torch.inference_mode():
-    main()
+    a_lora = write_files()
+    torch.save(dict(kernels() if mode == "kernels" else kinds_of_weights(a_lora)), results_file)

@@ -50,6 +50,15 @@ def test_a_model_is_the_same_however_its_weights_are_managed(sampled, way):
     assert 0.005 < off(found["fp8_e4m3fn_fast"], wanted["fp8_e4m3fn"]) < 0.03, "inputs are rounded too, on a card"
 
 
+def test_our_kernels_run_in_comfyui_and_say_the_same(run_script, sampled, tmp_path):
+    """Triton's interpreter runs them; it rounds to fp8 less well (tests/kernels/attention_backends.py)."""
+    run_script("models_on_the_card.py", "kernels", 24, tmp_path, tmp_path / "latents.pt")
+    found, wanted = torch.load(tmp_path / "latents.pt"), sampled["processor"]
+    for kind, bound in (("bf16", 0.005), ("int8", 0.005), ("fp8_e4m3fn_fast", 0.05)):
+        assert 0 < off(found[kind], wanted[kind.removesuffix("_fast")]) < bound, kind
+    assert off(found["compiled"], found["bf16"]) < 0.005
+
+
 def frames_of(output):
     """Return the frames [F,H,W,3] of every clip in a folder, in order."""
     clips = []
