@@ -10,6 +10,8 @@ x 1.35 + q, k, v 0.94 + attention's output 0.67 = 3.0; x 1.35 + attention's outp
 one piece takes from the gate to the MLP, in plain torch at most 1.5 = 4.9, the highest.
 """
 
+import contextlib
+import itertools
 import math
 
 import torch
@@ -121,6 +123,26 @@ def linear(in_features, out_features, experts, *, operations, **factory):
     return ExpertLinear(in_features, out_features, operations=operations, **factory)
 
 
+def holding(operations):
+    """Return held(linears, device), inside of which linears keep what they would bring for every piece anew.
+
+    `operations` may have one, as HELD; torch's own Linears need none.
+    """
+    return getattr(operations, "HELD", lambda linears, device: contextlib.nullcontext())
+
+
+def of_expert(layer, expert):
+    """Return the Linear that one expert has in a layer made by `linear`."""
+    return getattr(layer, MODALITIES[expert]) if isinstance(layer, ExpertLinear) else layer
+
+
+def by_expert(pieces, *parts):
+    """Yield, for every run of pieces of one expert: its number, and a tuple for each of them of what `parts` has."""
+    of_piece = [max(range(len(piece)), key=piece.__getitem__) for piece in pieces]
+    for expert, run in itertools.groupby(zip(of_piece, *parts, strict=True), key=lambda part: part[0]):
+        yield expert, [part[1:] for part in run]
+
+
 def project(layer, x, spans):
     """Run a layer made by `linear` on x [B, N, C]."""
     if isinstance(layer, ExpertLinear):
@@ -135,6 +157,7 @@ class Attention(nn.Module):
         super().__init__()
         self.experts = len(MODALITIES) if layer in config.expert_layers else 1
         self.dtype = input_dtype(operations, dtype)
+        self.held = holding(operations)
         self.heads = (config.num_heads, config.num_query_groups)
         self.radius = config.frame_receptive_field if layer in config.local_attention_layers else None
         self.head_dim = head_dim = config.head_dim
@@ -162,8 +185,10 @@ class Attention(nn.Module):
             )
             gate = x.new_empty(batch, tokens, heads)
             places = zip(*(split(whole, pieces, 2) for whole in (q, k, v)), split(gate, pieces), strict=True)
-            for part, place in zip(parts, places, strict=True):
-                self.inputs(*part, out=place)
+            for expert, run in by_expert(pieces, parts, places):
+                with self.held([of_expert(self.linear_qkv, expert)], x.device):
+                    for part, place in run:
+                        self.inputs(*part, out=place)
         return attend(q, k, v, layout, self.radius), gate
 
     def inputs(self, x, spans, rotary, out=None):
@@ -215,8 +240,11 @@ class Layer(nn.Module):
         if in_one_go(pieces):
             return join([self.rest(*part) for part in parts])
         result = torch.empty_like(x)
-        for place, part in zip(split(result, pieces), parts, strict=True):
-            self.rest(*part, result=place)
+        linears = (self.attention.linear_proj, self.mlp.up_gate_proj, self.mlp.down_proj)
+        for expert, run in by_expert(pieces, parts, split(result, pieces)):
+            with self.attention.held([of_expert(layer, expert) for layer in linears], x.device):
+                for part, place in run:
+                    self.rest(*part, result=place)
         return result
 
     def rest(self, x, out, gate, spans, result=None):

@@ -5,6 +5,7 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from ..model_loader.padded_linear import keep_padded, padded_weight
+from .held_weights import held
 
 
 class PaddedRows:
@@ -28,6 +29,7 @@ class Operations(comfy.ops.disable_weight_init):
     """comfy.ops.disable_weight_init with such Linears."""
 
     TAKES_PADDED_ROWS = True
+    HELD = staticmethod(held)
 
     class Linear(PaddedRows, comfy.ops.disable_weight_init.Linear):
         """A Linear of either kind of rows."""

@@ -10,6 +10,7 @@ from torch.nn.functional import linear, pad
 from ..kernels import FP8, Fp8Rows, fp8_linear, quantise_rows
 from ..kernels.fp8 import dequantise_rows
 from ..model_loader.row_scales import quantised
+from .held_weights import held
 from .padded_rows import PaddedRows
 
 KITCHEN_DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # comfy-kitchen's numbers for what its operators return
@@ -65,6 +66,8 @@ def quantised_operations(compute_dtype, product=None):
                 state_dict.pop(f"{prefix}{name}", None)
 
     class FastLinear(QuantisedLinear):
+        MULTIPLIES_QUANTISED = True
+
         def forward(self, x):
             if not isinstance(self.weight, comfy.quant_ops.QuantizedTensor):  # one that the file has wide
                 return super().forward(x)
@@ -93,5 +96,6 @@ def quantised_operations(compute_dtype, product=None):
         Linear = staticmethod(choose)
         INPUT_DTYPE = FP8 if product == "fp8" else compute_dtype
         TAKES_PADDED_ROWS = True
+        HELD = staticmethod(held)
 
     return Operations

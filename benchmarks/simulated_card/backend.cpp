@@ -14,6 +14,7 @@
 extern "C" int cuMemAlloc_v2(unsigned long long *, size_t);
 extern "C" int cuMemFree_v2(unsigned long long);
 extern "C" int card_has_numbers();
+extern "C" void card_count_move(uint64_t);
 
 namespace {
 using at::Tensor;
@@ -105,6 +106,7 @@ Tensor to_card(const Tensor &t) {
 }
 
 Tensor &copy_(Tensor &self, const Tensor &source, bool) {
+  if (on_card(self) && !on_card(source)) card_count_move(size_of(source));
   if (card_has_numbers() || size_of(self) < SMALL) {
     auto to = on_card(self) ? host(self) : self;
     to.copy_(on_card(source) ? host(source) : source);

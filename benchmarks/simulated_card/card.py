@@ -59,7 +59,7 @@ def put_in(folder, gib, numbers=True):
         raise RuntimeError("put the simulated card in before torch is imported")
     driver = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     driver.card_set.argtypes = [ctypes.c_uint64, ctypes.c_int]
-    for name in ("card_budget", "card_used", "card_peak"):
+    for name in ("card_budget", "card_used", "card_peak", "card_moved"):
         getattr(driver, name).restype = ctypes.c_uint64
     total = int(gib * 2**30)
     driver.card_set(total, int(numbers))

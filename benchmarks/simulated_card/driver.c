@@ -19,7 +19,7 @@ enum { PAGE = 4096, GRAIN = 512 };                                       /* PyTo
 typedef unsigned long long Address;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static uint64_t budget, used, peak;
+static uint64_t budget, used, peak, moved;
 static int numbers;
 
 /* What Python sets and asks. `with_numbers`: 0 computes shapes only, so that networks of any size run in seconds. */
@@ -28,6 +28,8 @@ void card_reset_peak(void) { peak = used; }
 uint64_t card_budget(void) { return budget; }
 uint64_t card_used(void) { return used; }
 uint64_t card_peak(void) { return peak; }
+uint64_t card_moved(void) { return moved; } /* to the card, since the process began */
+void card_count_move(uint64_t bytes) { __atomic_fetch_add(&moved, bytes, __ATOMIC_RELAXED); }
 int card_has_numbers(void) { return numbers; }
 
 static int take(uint64_t bytes) {
@@ -89,6 +91,7 @@ int cuMemFreeHost(void *host) { return free(host), OK; }
 int cuMemHostRegister_v2(void *host, size_t bytes, unsigned flags) { return OK; }
 int cuMemHostUnregister(void *host) { return OK; }
 int cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *stream) {
+    card_count_move(bytes);
     if (numbers) memcpy((void *)(uintptr_t)to, from, bytes);
     return OK;
 }

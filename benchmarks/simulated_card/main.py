@@ -16,7 +16,10 @@ from pathlib import Path
 
 
 def report_nodes(driver, report):
-    """Append {"node", "peak", "after", "seconds"} a line, bytes on the card, once ComfyUI is there and runs nodes."""
+    """Append a line of JSON for every node that ComfyUI runs: its name, seconds, and bytes.
+
+    The bytes are those on the card at most ("peak"), those that stay there ("after"), and those "moved" there.
+    """
     while not hasattr(sys.modules.get("execution"), "get_output_data"):
         time.sleep(0.05)
     execution = sys.modules["execution"]
@@ -24,13 +27,14 @@ def report_nodes(driver, report):
 
     async def measured(prompt_id, unique_id, node, *arguments, **options):
         driver.card_reset_peak()
-        start = time.monotonic()
+        moved, start = driver.card_moved(), time.monotonic()
         try:
             return await run(prompt_id, unique_id, node, *arguments, **options)
         finally:
             line = {"node": type(node).__name__, "peak": driver.card_peak(), "after": driver.card_used()}
+            line |= {"moved": driver.card_moved() - moved, "seconds": round(time.monotonic() - start, 2)}
             with report.open("a") as file:
-                file.write(json.dumps(line | {"seconds": round(time.monotonic() - start, 2)}) + "\n")
+                file.write(json.dumps(line) + "\n")
 
     execution.get_output_data = measured
 

@@ -20,5 +20,5 @@ class CardServer(Server):
         super().__init__(Path(__file__).parent, output, [*words, *arguments])
 
     def nodes(self):
-        """Return what the nodes used so far: [{"node", "peak", "after", "seconds"}], bytes on the card."""
+        """Return what the nodes used so far: [{"node", "peak", "after", "moved", "seconds"}], bytes."""
         return [json.loads(line) for line in self.report.read_text().splitlines()] if self.report.exists() else []

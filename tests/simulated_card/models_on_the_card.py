@@ -55,6 +55,7 @@ runpy.run_path(str(HERE.parents[1] / "as_package.py"))["load_pack"]()
 sys.path += [str(HERE.parent / "nodes"), str(HERE.parent / "model_loader")]
 from gguf_on_disk import write  # noqa: E402
 from pack.kernels import dispatch  # noqa: E402
+from pack.model_loader import dit_layers  # noqa: E402
 from pack.model_loader.dit import DiT  # noqa: E402
 from pack.model_loader.load import load_dit, published_tensors, save_part  # noqa: E402
 from pack.nodes import weight_dtypes  # noqa: E402
@@ -103,6 +104,10 @@ def kinds_of_weights(lora):
         yield kind, sample(model)
         yield f"{kind}, LoRA", sample(changed)
         yield f"{kind}, LoRA off", sample(model)
+        dit_layers.PIECE = 16  # tokens: the clip passes a layer in three pieces and more
+        yield f"{kind}, pieces", sample(model)
+        yield f"{kind}, LoRA, pieces", sample(changed)
+        dit_layers.PIECE = 4096
         if kind != "gguf":
             name = f"merged_distill_{mode}_{gib}_{kind}"
             save_checkpoint(changed, filename_prefix=name, output_dir=str(files_folder))

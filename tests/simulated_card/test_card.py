@@ -37,10 +37,13 @@ def off(a, b):
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 def test_a_model_is_the_same_however_its_weights_are_managed(sampled, way):
     found, wanted = sampled[way], sampled["processor"]
-    assert found.keys() == wanted.keys() and len(found) == 19
+    assert found.keys() == wanted.keys() and len(found) == 29
     for kind in ("bf16", "int8", "fp8_e4m3fn", "gguf"):
         assert torch.equal(found[kind], wanted[kind]), kind
         assert torch.equal(found[f"{kind}, LoRA off"], wanted[kind]), kind
+        assert torch.equal(found[f"{kind}, pieces"], wanted[f"{kind}, pieces"]), kind
+        assert off(found[f"{kind}, pieces"], wanted[kind]) < 0.005, kind
+        assert off(found[f"{kind}, LoRA, pieces"], found[f"{kind}, LoRA"]) < (0.04 if "fp8" in kind else 0.01), kind
         assert off(found[f"{kind}, LoRA"], found[kind]) > 0.05, "the LoRA changes something"
         # On cards core adds LoRAs in fp16; to fp8 weights it adds them while they are wide, or rounds the sum.
         assert off(found[f"{kind}, LoRA"], wanted[f"{kind}, LoRA"]) < (0.04 if "fp8" in kind else 0.01), kind
