@@ -126,9 +126,16 @@ def linear(in_features, out_features, experts, *, operations, **factory):
 def holding(operations):
     """Return held(linears, device), inside of which linears keep what they would bring for every piece anew.
 
-    `operations` may have one, as HELD; torch's own Linears need none.
+    `operations` may have one, as HELD; torch's own Linears need none, and compiled layers do without.
     """
-    return getattr(operations, "HELD", lambda linears, device: contextlib.nullcontext())
+    held = getattr(operations, "HELD", None)
+
+    def held_or_not(linears, device):
+        if held is None or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        return held(linears, device)
+
+    return held_or_not
 
 
 def of_expert(layer, expert):

@@ -91,9 +91,23 @@ def activation_bytes(config, tokens):
     return config.hidden_size * int(tokens * TOKEN_BYTES + min(tokens, PIECE) * PIECE_BYTES)
 
 
+def held_bytes(config):
+    """Return the most bytes of a layer's weights that are brought or made wide for all pieces of a long sequence, bf16.
+
+    They are those after attention, see model_loader/dit_layers.py.
+    """
+    per_input = (
+        config.hidden_size + (2 if layer in config.gelu7_layers else 3) * config.mlp_width(layer)
+        for layer in range(config.num_layers)
+    )
+    return 2 * config.hidden_size * max(per_input)
+
+
 def sampling_bytes(config, tokens):
     """Return the peak bytes beyond weights while ComfyUI samples so many tokens: a forward's, and latents."""
-    return activation_bytes(config, tokens) + int(tokens) * config.video_in_channels * 4 * LATENT_COPIES
+    held = held_bytes(config) if tokens > PIECE else 0
+    latents = int(tokens) * config.video_in_channels * 4 * LATENT_COPIES
+    return activation_bytes(config, tokens) + held + latents
 
 
 def decode_bytes(config, width, height, dtype):
