@@ -46,9 +46,12 @@ def why_not_ready(folder):
 
 
 def run(command, folder):
-    """Run a command with .venv's Python and exit as it does; COMFYUI_PATH tells it which ComfyUI to use."""
+    """Run a command with .venv's Python and exit as it does; COMFYUI_PATH tells it which ComfyUI to use.
+
+    OpenMP's threads wait asleep: awake, on a computer that does something else too, they take a clip from 1.3 s to 13.
+    """
     command = [str(environment.python_of()), *map(str, command)]
-    variables = {**os.environ, "COMFYUI_PATH": str(folder)}
+    variables = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "COMFYUI_PATH": str(folder)}
     if sys.platform != "win32":
         sys.stdout.flush()
         os.execve(command[0], command, variables)  # signals and the exit code then need no passing on

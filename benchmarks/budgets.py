@@ -32,6 +32,7 @@ CARDS = (
     (24, "1080p"),
     (16, "1080p"),
     (12, "1080p"),
+    (8, "1080p"),
     (16, "540p"),
     (12, "540p"),
     (8, "540p"),
@@ -39,7 +40,7 @@ CARDS = (
     (8, "256p"),
 )
 BEYOND = (f"{stage}, beyond weights GB" for stage in STAGES.values())
-HEAD = ("card", "clip", "weights", "memory", "peak GB", *BEYOND, "")
+HEAD = ("card", "clip", "weights", "memory", "peak GB", *BEYOND, "moved by both samplers GB", "")
 
 
 def pipeline(size, seconds, vae="turbo_vae"):
@@ -77,9 +78,10 @@ def row(built, models, gib, size, seconds, precision, way, vae="turbo_vae"):
     nodes, error = run(built, models, gib, pipeline(size, seconds, vae), way)
     beyond = {node["node"]: f"{(node['peak'] - node['after']) / 1e9:.1f}" for node in nodes}
     peak = max((node["peak"] for node in nodes), default=0)
+    moved = sum(node["moved"] for node in nodes if node["node"] in ("Sampler", "SuperResolution"))
     result = "runs" if error is None else error.splitlines()[0][:80]
     about = (f"{gib:g} GiB", f"{size}, {seconds:g} s", precision, way, f"{peak / 1e9:.1f}")
-    return (*about, *(beyond.get(node, "") for node in STAGES), result)
+    return (*about, *(beyond.get(node, "") for node in STAGES), f"{moved / 1e9:.0f}", result)
 
 
 def main(arguments=None):

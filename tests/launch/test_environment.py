@@ -1,5 +1,6 @@
 """run.py never takes a half-made .venv for a whole one, and never deletes one that it did not make."""
 
+import os
 import subprocess
 import sys
 import time
@@ -157,3 +158,12 @@ def test_lock_waits_for_its_holder_and_survives_its_death(tmp_path):
         for process in (holder, waiter):
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(own, expected):
+    code = "import sys; sys.argv = ['run.py']; import run; run.environment.python_of = lambda: sys.executable; "
+    code += "run.run(['-c', 'import os; print(os.environ[\"OMP_WAIT_POLICY\"])'], 'somewhere')"
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | own
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=variables, text=True)
+    assert found.strip() == expected

@@ -9,7 +9,7 @@ from pack.nodes.loaders import LoadModel
 from pack.nodes.prompt import EncodePrompt
 from pack.nodes.sampling import Sampler
 from pack.nodes.super_resolution import SuperResolution
-from pack.sampler.memory import sampling_bytes
+from pack.sampler.memory import encode_bytes, sampling_bytes
 
 CPU = torch.device("cpu")
 
@@ -69,3 +69,10 @@ def test_the_text_encoder_runs_where_it_is_told_to(weights, monkeypatch):
     assert load_clip(path, "default").patcher.load_device == card
     chosen = load_clip(path, "cpu").patcher
     assert chosen.load_device == chosen.offload_device == CPU
+
+
+def test_core_is_told_what_encoding_takes_a_picture_less_than_a_clip(loaded):
+    vae = loaded[2]
+    picture, clip = (vae.memory_used_encode((1, 3, frames, 32, 64), torch.bfloat16) for frames in (1, 9))
+    assert picture == encode_bytes(vae.first_stage_model.config, 1, 64, 32, torch.bfloat16) < clip / 4
+    assert clip < vae.memory_used_decode((1, 48, 3, 2, 4), torch.bfloat16)

@@ -6,7 +6,7 @@ from pack.benchmarks.budgets import SET_ASIDE, STAGES, pipeline, run
 from pack.benchmarks.empty_files import write_models
 from pack.benchmarks.memory import tokens_of
 from pack.model_loader.config import DISTILL, SR_540P, SR_1080P, TURBO_7_7
-from pack.sampler.memory import decode_bytes, sampling_bytes
+from pack.sampler.memory import decode_bytes, sampling_bytes, weight_bytes
 from pack.sampler.sizes import pixel_size
 
 SECONDS = 5.0
@@ -41,6 +41,15 @@ def test_the_pipeline_fits(built, models, gib, size, config, way):
     for node, expected in predicted.items():
         beyond_weights = used[node]["peak"] - used[node]["after"]
         assert beyond_weights == pytest.approx(expected, rel=0.1), node
+
+
+def test_a_layer_brings_its_weights_once_a_step(built, models):
+    """Not once for each of the 16 pieces in which 1080p passes it."""
+    graph = pipeline("1080p", SECONDS)
+    nodes, error = run(built, models, 16, graph)
+    (moved,) = (node["moved"] for node in nodes if node["node"] == "SuperResolution")
+    weights = weight_bytes("dit", SR_1080P, "int8")[0]
+    assert error is None and weights < moved < graph["10"]["inputs"]["steps"] * weights
 
 
 def test_a_card_that_is_too_small_is_told_so(built, models):
