@@ -58,14 +58,13 @@ def pipeline(size, seconds, vae="turbo_vae"):
     return graph
 
 
-def run(built, models, gib, graph, way="dynamic", set_aside=SET_ASIDE):
-    """Run a graph on a card of `gib` GiB; return what its nodes used, and None or the error that it ended with."""
+def run(built, models, gib, graph, way="dynamic"):
+    """Run a graph on a card of `gib` GiB less SET_ASIDE; return what its nodes used, and its error or None."""
     paths = {name: name for name in ("diffusion_models", "text_encoders", "vae")}
     (models / "paths.yaml").write_text(json.dumps({"empty": {"base_path": str(models), **paths}}))
     words = ["--extra-model-paths-config", str(models / "paths.yaml"), "--disable-pinned-memory", *WAYS[way]]
     with tempfile.TemporaryDirectory(prefix="happyhorse-budgets-") as output:
-        server = CardServer(built, output, gib - set_aside / 2**30, words, numbers=False)
-        with server:
+        with CardServer(built, output, gib - SET_ASIDE / 2**30, words, numbers=False) as server:
             try:
                 Client(server.url, server.check_alive).run(graph)
                 return server.nodes(), None

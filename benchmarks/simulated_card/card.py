@@ -16,9 +16,11 @@ CAPABILITY = (8, 9)  # Ada: an RTX 40, the smallest that multiplies fp8
 
 def why_not():
     """Return why this computer cannot have one, or None: it takes Linux, compilers, and torch without CUDA."""
-    missing = [name for name in ("gcc", "g++") if shutil.which(name) is None]
-    if sys.platform != "linux" or missing:
-        return f"a simulated card needs Linux and {', '.join(missing) or 'its mmap'}"
+    if sys.platform != "linux":
+        return "a simulated card needs Linux"
+    for compiler in ("gcc", "g++"):
+        if shutil.which(compiler) is None:
+            return f"a simulated card needs {compiler}"
     version = (_torch() / "version.py").read_text(encoding="utf-8")
     return None if "cuda: Optional[str] = None" in version else "a simulated card needs a torch without CUDA"
 

@@ -29,12 +29,6 @@ def client(server):
 
 
 @pytest.fixture
-def graph():
-    """Function that reads workflows/api/<name>.json."""
-    return lambda name: json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture
 def watch(server, client):
     """Function that runs a graph and tells what the page hears: outputs, cached nodes, steps, previews, notices."""
 

@@ -1,6 +1,5 @@
 """The simulated card of benchmarks/, built once; scripts and servers run on it in processes of their own."""
 
-import json
 import os
 import subprocess
 import sys
@@ -49,9 +48,3 @@ def serve(built, tmp_path):
             return [client.run(graph) for graph in graphs], server.nodes()
 
     return serve
-
-
-@pytest.fixture
-def graph():
-    """Function that reads workflows/api/<name>.json."""
-    return lambda name: json.loads((HERE.parents[1] / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
