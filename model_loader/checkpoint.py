@@ -78,27 +78,31 @@ class Checkpoint:
         return label(self.path)
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path, tensor_at=None):
         """Open a .safetensors file, a shard or folder of shards, a torch pickle of tensors, or a .gguf file.
 
-        Reads headers only (a pickle is mapped, not read). CheckpointError for anything missing, truncated or unsafe.
+        Reads headers only (a pickle is mapped, not read). `tensor_at` maps tensors, a pickle's aside, in place of
+        `map_tensor`, whose arguments it takes. CheckpointError for anything missing, truncated or unsafe.
         """
+        tensor_at = tensor_at or map_tensor
         path = Path(path)
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder. Check the path, or download the weights first.")
         if path.is_dir():
-            return _open_folder(path)
+            return _open_folder(path, tensor_at)
         if path.name.endswith(".index.json"):
-            return _open_index(path)
+            return _open_index(path, tensor_at)
         if path.suffix == ".safetensors":
             shard = SHARD.fullmatch(path.name)
-            return _open_shards(path.parent, shard[1], int(shard[2])) if shard else _open_files(path, [path])
+            if shard:
+                return _open_shards(path.parent, shard[1], int(shard[2]), tensor_at)
+            return _open_files(path, [path], tensor_at)
         if path.suffix in PICKLES:
             return _open_pickle(path)
         if path.suffix == ".gguf":
             from .gguf_file import open_gguf
 
-            return open_gguf(path)
+            return open_gguf(path, tensor_at)
         raise CheckpointError(
             f"{path.name}: unknown kind of file; expected .safetensors, {', '.join(PICKLES)}, .gguf or a folder of "
             "one of the former."
@@ -111,17 +115,17 @@ class Checkpoint:
         return cls(path, headers, metadata or {}, tensors.__getitem__)
 
 
-def _open_folder(folder):
+def _open_folder(folder, tensor_at):
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        return _open_index(indices[0])
+        return _open_index(indices[0], tensor_at)
     for suffixes in ((".safetensors",), PICKLES, (".gguf",)):
         files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
         if files:
             break
     shards = [SHARD.fullmatch(file.name) for file in files]
     if len(files) == 1 or files and all(shards) and len({shard[1] for shard in shards}) == 1:
-        return Checkpoint.open(files[0])
+        return Checkpoint.open(files[0], tensor_at)
     found = ", ".join(file.name for file in files[:4]) or "none"
     raise CheckpointError(
         f"{label(folder)}: expected one weight file or one sharded set in this folder, found {len(files)} files "
@@ -129,7 +133,7 @@ def _open_folder(folder):
     )
 
 
-def _open_index(path):
+def _open_index(path, tensor_at):
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = {tensor: os.fspath(shard) for tensor, shard in weight_map.items()}
@@ -141,7 +145,8 @@ def _open_index(path):
                 f"{label(path)}: places {tensor} outside its folder ({shard}); such an index is not trusted. Use one "
                 "that names files beside it."
             )
-    checkpoint = _open_files(path.parent, [path.parent / shard for shard in sorted(set(shards.values()))])
+    files = [path.parent / shard for shard in sorted(set(shards.values()))]
+    checkpoint = _open_files(path.parent, files, tensor_at)
     lost = sorted(set(shards) - set(checkpoint.headers))
     if lost:
         raise CheckpointError(
@@ -151,14 +156,15 @@ def _open_index(path):
     return checkpoint
 
 
-def _open_shards(folder, stem, count):
+def _open_shards(folder, stem, count, tensor_at):
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        return _open_index(index)
-    return _open_files(folder, [folder / f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)])
+        return _open_index(index, tensor_at)
+    files = [folder / f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return _open_files(folder, files, tensor_at)
 
 
-def _open_files(path, files):
+def _open_files(path, files, tensor_at):
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise CheckpointError(
@@ -179,7 +185,7 @@ def _open_files(path, files):
         starts.update(file_starts)
 
     def read(name):
-        return map_tensor(where[name], name, starts[name], headers[name])
+        return tensor_at(where[name], name, starts[name], headers[name])
 
     return Checkpoint(path, headers, metadata, read)
 

@@ -52,10 +52,11 @@ class StoredTensor:
     row_bytes: int
 
 
-def open_gguf(path):
+def open_gguf(path, tensor_at=map_tensor):
     """Open a .gguf file as a Checkpoint in published names; quantised tensors become fp32 when they are `read`.
 
-    Its `blocks` names the kind of the quantised matrices, whose bytes uint8 [rows, bytes of a row] `read_blocks` maps.
+    Its `blocks` names the kind of the quantised matrices, whose bytes uint8 [rows, bytes of a row] `read_blocks` maps;
+    tensor_at: as `Checkpoint.open`.
 
     Tensors that keep their published names, as a transformer's do, keep their values. Under llama.cpp's names for T5
     (`enc.blk.N.attn_q.weight`) norm weights are read as 1 + w, and 1 is taken off: llama.cpp's converters of Gemma 1 to
@@ -80,12 +81,12 @@ def open_gguf(path):
     def read_blocks(name):
         tensor = stored[names[name]]
         raw = TensorHeader((math.prod(tensor.shape[:-1]), tensor.row_bytes), torch.uint8)
-        return map_tensor(path, name, tensor.start, raw)
+        return tensor_at(path, name, tensor.start, raw)
 
     def read(name):
         tensor = stored[names[name]]
         if tensor.kind in PLAIN:
-            numbers = map_tensor(path, name, tensor.start, headers[name])
+            numbers = tensor_at(path, name, tensor.start, headers[name])
         else:
             numbers = restore(read_blocks(name), tensor.kind, torch.float32).reshape(tensor.shape)
         return numbers - 1 if name != names[name] and name.endswith("norm.weight") else numbers

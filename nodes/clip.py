@@ -9,9 +9,10 @@ import comfy.sd
 import comfy.supported_models_base
 import torch
 
-from ..model_loader.checkpoint import Checkpoint, CheckpointError
+from ..model_loader.checkpoint import CheckpointError
 from ..model_loader.load import load_text_encoder
 from ..model_loader.tokenizer import read_tokenizer, tokenizer_definition
+from .core_files import open_checkpoint
 from .finite import require_finite
 from .quantised import quantised_operations
 
@@ -88,7 +89,7 @@ def load_clip(path, device, quantised=None):
     devices = {}
     if device == "cpu":
         devices = {"load_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     definition = tokenizer_definition(checkpoint)
     if definition is None:
         raise CheckpointError(

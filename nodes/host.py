@@ -15,7 +15,6 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.detect import describe
 from ..model_loader.layouts import as_published
 from ..model_loader.load import load_dit
@@ -23,6 +22,7 @@ from ..sampler.conditioning import with_first_image
 from ..sampler.memory import TEXT_TOKENS, sampling_bytes
 from ..sampler.schedule import DEFAULT_SHIFT, flow_sigmas
 from . import padded_rows
+from .core_files import open_checkpoint, with_own_slices
 from .finite import require_finite
 from .forward_options import of_forward
 from .patcher import saving_integers
@@ -193,13 +193,13 @@ def load_model(path, weight_dtype, variant=None, quantised=None, disable_dynamic
     `load.fill`, or "fp8 fast" or "int8 fast", which are "fp8" and "int8" with products in that.
     variant: None or the user's choice, as `detect.describe`; `disable_dynamic` is core's, for weight hooks.
     """
-    checkpoint = as_published(Checkpoint.open(path))
+    checkpoint = as_published(open_checkpoint(path))
     found = describe(checkpoint, variant)
     kept, _, fast = (quantised or "").partition(" ")
     product = kept if fast else None
     operations = quantised_operations(weight_dtype, product) if quantised else padded_rows.Operations
     network = load_dit(checkpoint, variant=variant, dtype=weight_dtype, operations=operations, quantised=kept or None)
-    model = HappyHorse(network, weight_dtype, found.variant)
+    model = HappyHorse(with_own_slices(network), weight_dtype, found.variant)
     colours = checkpoint.metadata.get(PREVIEW)
     if colours is not None:
         model.latent_format.use_colours(json.loads(colours))

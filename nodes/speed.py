@@ -14,7 +14,8 @@ from .forward_options import ATTENTION, FP8_ATTENTION, STEP_CACHE
 from .host import require_happyhorse
 from .notice import notice
 
-PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}  # core's name of an attention -> what pip calls it
+CORES = {"int8": "comfy_kitchen_int8", "sage": "sage", "flash": "flash"}  # our choice -> core's name of an attention
+PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}  # what pip calls the packages that core looks for
 
 
 def with_fp8_attention(model):
@@ -28,13 +29,19 @@ def with_fp8_attention(model):
     return faster
 
 
-def with_attention(model, name):
-    """Return the MODEL with core's attention `name`, a key of PACKAGES; ValueError where it is not installed."""
-    function = core_attention.get_attention_function(name, default=None)
+def with_attention(model, choice):
+    """Return the MODEL with core's attention, a key of CORES; ValueError where this ComfyUI has none of that name."""
+    function = core_attention.get_attention_function(CORES[choice], default=None)
+    if function is None and choice not in PACKAGES:
+        raise ValueError(
+            f"attention is '{choice}', which a current ComfyUI has by itself (its package comfy-kitchen), on NVIDIA "
+            "cards from RTX 20 on and AMD's from RX 7000 on. This one has not: update ComfyUI with its requirements, "
+            "or choose 'default'."
+        )
     if function is None:
         raise ValueError(
-            f"attention is '{name}', which needs the package {PACKAGES[name]}, and ComfyUI could not import that. "
-            f"Install it with ComfyUI's own Python (python -m pip install {PACKAGES[name]}) and start ComfyUI again, "
+            f"attention is '{choice}', which needs the package {PACKAGES[choice]}, and ComfyUI could not import that. "
+            f"Install it with ComfyUI's own Python (python -m pip install {PACKAGES[choice]}) and start ComfyUI again, "
             "or choose 'default'."
         )
     faster = model.clone()
@@ -87,10 +94,12 @@ class Speed(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Load HappyHorse."),
                 io.Combo.Input(
                     "attention",
-                    options=["default", "fp8", *PACKAGES],
+                    options=["default", "fp8", *CORES],
                     default="default",
-                    tooltip="default: exact. fp8: products in fp8, 1.3 times as fast at 1080p; RTX 40 or later. "
-                    "sage: SageAttention, 8-bit; flash: FlashAttention; either must be installed in ComfyUI's Python.",
+                    tooltip="default: exact, unless ComfyUI was started with --use-sage-attention or the like. fp8: "
+                    "products in fp8, 1.3 times as fast at 1080p; RTX 40 or later. int8: ComfyUI's own, in newer "
+                    "versions; RTX 20 or later. sage: SageAttention, 8-bit; flash: FlashAttention; either must be "
+                    "installed in ComfyUI's Python.",
                 ),
                 io.Boolean.Input(
                     "compile",

@@ -19,6 +19,7 @@ from ..sampler.media import first_image, frames_one_by_one
 from ..sampler.memory import decode_bytes, encode_bytes
 from ..sampler.sizes import pixel_frames
 from ..sampler.strips import OVERLAP, STRIP, decode_in_strips, strips
+from .core_files import open_checkpoint
 from .finite import require_finite
 
 
@@ -56,16 +57,15 @@ class VideoVAE(HappyHorseVAE):
             self.memory_used_encode = lambda shape, dtype: encode_bytes(config, shape[-3], shape[-1], shape[-2], dtype)
 
     def vae_encode_crop_pixels(self, pixels):
-        """Crop to whole latents: sides to multiples of 16 about the middle, frames [F,H,W,3] to the first 4k+1."""
+        """Crop to whole latents: sides to multiples of 16 about the middle, frames [F,H,W,3] to the first 4k+1.
+
+        Every way of encoding begins here; ValueError with TurboVAED, which has no encoder.
+        """
+        if isinstance(self.first_stage_model, TurboVAE):
+            raise ValueError("TurboVAED only decodes. To encode, load a Wan2.2 VAE with 'Load HappyHorse Video VAE'.")
         pixels = super().vae_encode_crop_pixels(pixels)
         frames = (pixels.shape[-4] - 1) // 4 * 4 + 1
         return pixels.narrow(-4, 0, frames)
-
-    def encode(self, pixel_samples):
-        """Encode IMAGE frames; ValueError with TurboVAED, which has no encoder."""
-        if isinstance(self.first_stage_model, TurboVAE):
-            raise ValueError("TurboVAED only decodes. To encode, load a Wan2.2 VAE with 'Load HappyHorse Video VAE'.")
-        return super().encode(pixel_samples)
 
     def encode_first_image(self, image, height, width):
         """Crop and resize an IMAGE [H,W,3] in [0,1] to `height` x `width` -> its latent [1,48,1,height/16,width/16]."""
@@ -191,12 +191,13 @@ def load_video(path):
     """Read a video VAE file into a VAE: bf16 where the device computes in it, as published, else fp32."""
     dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), [torch.bfloat16, torch.float32])
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    return VideoVAE(load_video_vae(path, dtype=dtype, operations=comfy.ops.disable_weight_init), dtype)
+    network = load_video_vae(open_checkpoint(path), dtype=dtype, operations=comfy.ops.disable_weight_init)
+    return VideoVAE(network, dtype)
 
 
 def load_audio(path):
     """Read an audio VAE file into a VAE, fp32."""
-    return AudioVAE(with_plain_weights(load_audio_vae(path)))
+    return AudioVAE(with_plain_weights(load_audio_vae(open_checkpoint(path))))
 
 
 def require_video_vae(vae):

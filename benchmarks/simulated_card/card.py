@@ -81,7 +81,7 @@ def put_in(folder, gib, numbers=True):
 class Stream:
     """A stream that is always done."""
 
-    cuda_stream = 0
+    cuda_stream = 1  # to comfy-aimdo 0 is none at all
 
     def __init__(self, *_, **__):
         pass

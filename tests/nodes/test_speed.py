@@ -3,6 +3,7 @@
 import comfy.ldm.modules.attention as core_attention
 import pytest
 import torch
+from comfy.cli_args import args
 from pack.nodes import speed
 from pack.nodes.prompt import EncodePrompt
 from pack.nodes.sampling import Sampler
@@ -69,6 +70,35 @@ def test_an_attention_of_cores_is_asked_and_gives_its_result(loaded, prompt, lat
 def test_a_missing_attention_is_named_with_its_package(loaded):
     with pytest.raises(ValueError, match="'flash'.*pip install flash-attn"):
         Speed.execute(loaded[0], attention="flash")
+    with pytest.raises(ValueError, match="'int8', which a current ComfyUI has.*update ComfyUI"):
+        Speed.execute(loaded[0], attention="int8")
+
+
+def test_int8_attention_is_the_one_that_core_has_from_comfy_kitchen(loaded, prompt, latent, told, monkeypatch):
+    functions = core_attention.REGISTERED_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(functions, "comfy_kitchen_int8", lambda q, *_, **__: torch.zeros_like(q))
+    faster = Speed.execute(loaded[0], attention="int8").args[0]
+    assert told == ["int8 attention"]
+    assert not equal(sample(faster, prompt, latent), sample(loaded[0], prompt, latent))
+
+
+@pytest.mark.parametrize("flag", ["use_sage_attention", "use_flash_attention", "use_ck_attention"])
+def test_the_attention_that_comfyui_was_started_with_is_taken(loaded, prompt, latent, flag, monkeypatch):
+    exact, calls = sample(loaded[0], prompt, latent), []
+
+    def chosen(q, k, v, heads, **options):
+        calls.append(heads)
+        return core_attention.attention_pytorch(q, k, v, heads, **options)
+
+    monkeypatch.setattr(core_attention, "optimized_attention", chosen)
+    assert equal(sample(loaded[0], prompt, latent), exact) and not calls, "what core chooses by itself is not asked"
+    monkeypatch.setattr(args, flag, True, raising=False)
+    for found, wanted in zip(sample(loaded[0], prompt, latent), exact, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert len(calls) == 8 * 4
+    monkeypatch.setattr(speed, "why_no_fp8_attention", lambda device, head_dim: None)
+    sample(Speed.execute(loaded[0], attention="fp8").args[0], prompt, latent)
+    assert len(calls) == 8 * 4, "the node's choice counts more"
 
 
 def test_fp8_attention_is_refused_where_no_card_multiplies_it(loaded):

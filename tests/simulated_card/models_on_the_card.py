@@ -58,7 +58,7 @@ from pack.kernels import dispatch  # noqa: E402
 from pack.model_loader import dit_layers  # noqa: E402
 from pack.model_loader.dit import DiT  # noqa: E402
 from pack.model_loader.load import load_dit, published_tensors, save_part  # noqa: E402
-from pack.nodes import weight_dtypes  # noqa: E402
+from pack.nodes import core_files, weight_dtypes  # noqa: E402
 from pack.nodes.files import NANO_WEIGHTS  # noqa: E402
 from pack.nodes.loaders import LoadModel  # noqa: E402
 from pack.nodes.speed import with_compiled_layers  # noqa: E402
@@ -72,7 +72,7 @@ def write_files():
     """Write the tiny transformer as a published file and as a .gguf file; return a LoRA for it."""
     torch.manual_seed(5)
     config = replace(load_dit(NANO_WEIGHTS / "nano_dit.safetensors").config, hidden_size=256, head_dim=32)
-    network = DiT(config).eval()
+    network = DiT(config, dtype=torch.bfloat16).eval()
     if not (files_folder / FILE).exists():
         save_part(files_folder / FILE, network, "dit", config, "distill")
         tensors = published_tensors("dit", network.state_dict(), config)
@@ -95,11 +95,26 @@ def sample(model):
     return torch.cat([part.float().flatten().cpu() for part in sampled.unbind()])
 
 
+def check_mapping(kind, model):
+    """Under dynamic VRAM, weights as in their file can be read from there; what maps it may not be written to."""
+    linears = [part for part in model.model.diffusion_model.modules() if hasattr(part, "in_features")]
+    weights = [getattr(part.weight, "_qdata", part.weight) for part in linears]
+    kept = [weight for weight in weights if kind == "bf16" or weight.dtype == torch.uint8]
+    slices = [getattr(weight.untyped_storage(), core_files.SLICE, None) for weight in kept]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(files_folder) in line]
+    if dynamic and kind in ("bf16", "gguf"):
+        assert kept and [stored.size for stored in slices] == [weight.nbytes for weight in kept]
+        assert mapped and all(line.split()[1][1] == "-" for line in mapped)
+    elif not dynamic:
+        assert not any(slices)
+
+
 def kinds_of_weights(lora):
     """Yield (name, latents) of every kind of weights: plain, with a LoRA, without it again, and as core saved both."""
     for kind in ("bf16", "int8", "fp8_e4m3fn", "fp8_e4m3fn_fast", "gguf"):
         file, weight_dtype = (BLOCKS, "default") if kind == "gguf" else (FILE, kind)
         model = LoadModel.execute(file, weight_dtype).args[0]
+        check_mapping(kind, model)
         changed, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
         yield kind, sample(model)
         yield f"{kind}, LoRA", sample(changed)
