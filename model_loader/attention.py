@@ -1,10 +1,26 @@
 """Grouped-head attention for every network, and the local attention of 1080p super-resolution without an N x N mask."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from ..kernels import attention_kernel
 from ..kernels.reference import dequantised
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def takes_groups(device, dtype, head_dim):
+    """Tell whether torch's attention takes fewer heads of keys than of queries without keeping N x N scores.
+
+    On cards FlashAttention alone does, which RTX 20 and some builds of torch for Windows lack.
+    """
+    if device.type != "cuda":
+        return True
+    q = torch.empty(1, 2, 16, head_dim, dtype=dtype, device=device)
+    k = q[:, :1]
+    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, False, True))
 
 
 def grouped_attention(q, k, v, mask=None, scale=None):
@@ -16,6 +32,9 @@ def grouped_attention(q, k, v, mask=None, scale=None):
     if mask is None and q.device.type == "cpu":  # torch's CPU kernel is quicker with the queries of a group in one head
         out = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v, scale=scale)
         return out.view(q.shape)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and not takes_groups(q.device, q.dtype, q.shape[-1]):
+        k, v = (heads.repeat_interleave(group, 1) for heads in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -110,8 +110,11 @@ class HappyHorse(comfy.model_base.BaseModel):
         """Return the dtype of latents and text: the residual stream is fp32, the network casts for its linears."""
         return torch.float32
 
-    def memory_required(self, input_shape, cond_shapes=None):
-        """Return the bytes beyond weights that sampling takes for packed latents of `input_shape` [B,1,N]."""
+    def memory_required(self, input_shape, cond_shapes=None, **options):
+        """Return the bytes beyond weights that sampling takes for packed latents of `input_shape` [B,1,N].
+
+        cond_shapes and options are what core adds for other models' formulas, some of it in later versions.
+        """
         config = self.diffusion_model.config
         return sampling_bytes(config, math.prod(input_shape) / config.video_in_channels + input_shape[0] * TEXT_TOKENS)
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch.cuda import get_device_capability as capability
 
 from ..kernels import FP8
-from ..kernels.dispatch import FP8_CAPABILITY, cpu_multiplies_bf16
+from ..kernels.dispatch import cpu_multiplies_bf16, fp8_matmul
 from ..model_loader.layouts import stored_as
 
 WIDE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -133,8 +133,8 @@ def why_no_faster(kind):
     """Return why products in "fp8" or "int8" are no faster here than in bf16, or None."""
     device = comfy.model_management.get_torch_device()
     if kind == "fp8":
-        fast = device.type == "cuda" and torch.version.hip is None and capability(device) >= FP8_CAPABILITY
-        return None if fast else f"{device} does not do that"
+        fast = device.type == "cuda" and fp8_matmul(capability(device)) is not None
+        return None if fast else f"{device}, or its PyTorch, does not do that"
     for name, backend in comfy.quant_ops.ck.list_backends().items():
         if name != "eager" and backend["available"] and not backend["disabled"]:
             if "int8_linear" in backend["capabilities"]:

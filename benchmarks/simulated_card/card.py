@@ -74,6 +74,7 @@ def put_in(folder, gib, numbers=True):
     for name, value in _torch_cuda(driver, total).items():
         setattr(torch.cuda, name, value)
     torch.cuda.memory.memory_summary = torch.cuda.memory_summary  # ComfyUI logs it when memory ran out
+    torch.backends.cuda.can_use_flash_attention = lambda *_: True  # backend.cpp's keeps no scores
     _let_aimdo_make_tensors()
     return driver
 

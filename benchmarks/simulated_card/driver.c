@@ -95,6 +95,10 @@ int cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *strea
     if (numbers) memcpy((void *)(uintptr_t)to, from, bytes);
     return OK;
 }
+int cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, void *stream) {
+    if (numbers) memcpy(to, (void *)(uintptr_t)from, bytes);
+    return OK;
+}
 
 /* Addresses and the memory behind them. A handle is its size: nobody maps the same memory at two places. */
 int cuMemAddressReserve(Address *address, size_t bytes, size_t alignment, Address wanted, unsigned long long flags) {

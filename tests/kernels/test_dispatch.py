@@ -6,7 +6,7 @@ import pytest
 import torch
 from pack import kernels
 from pack.kernels import FP8, dispatch, fp8_linear, quantise_rows, reference
-from pack.kernels.fp8 import aligned, dequantise_rows, quantise_weight, scaled_matmul
+from pack.kernels.fp8 import aligned, dequantise_rows, quantise_weight, scaled_matmul, scaled_matmul_by_tensor
 
 X = torch.randn(2, 5, 48)
 WEIGHT = torch.randn(3, 48)
@@ -78,15 +78,52 @@ def test_a_gpu_gets_triton_inside_the_limits_only():
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (13652, 24), (20, 7208)])
 def test_fp8_linear_pads_what_the_matmul_cannot_take(inputs, outputs):
-    """The padded fp8 matmul (torch has one for the CPU too) and the reference, against the same numbers in fp32."""
+    """The padded fp8 matmuls (torch has them for the CPU too) and the reference, against the same numbers in fp32."""
     random = torch.Generator().manual_seed(inputs)
     x = quantise_rows(torch.randn(2, 5, inputs, generator=random) * torch.tensor([1.0, 300.0])[:, None, None])
     weight = quantise_weight(torch.randn(outputs, inputs, generator=random))
     assert all(size % 16 == 0 for size in weight.values.shape) and not weight.values[outputs:].float().any()
     wanted = dequantise_rows(x, inputs) @ dequantise_rows(weight, inputs)[:outputs].T
-    for found in (fp8_linear(x, weight, outputs), scaled_matmul(x, weight, outputs)):
+    for matmul in (fp8_linear, scaled_matmul, scaled_matmul_by_tensor):
+        found = matmul(x, weight, outputs)
         assert found.shape == (2, 5, outputs) and found.dtype == torch.bfloat16
         assert (found.float() - wanted).norm() < 4e-3 * wanted.norm()  # one rounding to bf16
+
+
+@pytest.mark.parametrize(
+    ("refuses", "way", "told"),
+    [
+        (lambda scale: False, "rows", None),
+        (lambda scale: scale.numel() > 1, "tensor", "with a scale for the whole tensor (rows: CUBLAS_STATUS"),
+        (lambda scale: True, None, "multiplies no fp8 here (rows: CUBLAS_STATUS_NOT_SUPPORTED; tensor: CUBLAS_STATUS"),
+    ],
+    ids=["RTX 40, H100", "RTX 50", "an older torch"],
+)
+def test_fp8_is_multiplied_in_the_way_that_this_torch_has_for_the_card(refuses, way, told, monkeypatch, caplog):
+    multiply = torch._scaled_mm
+
+    def scaled_mm(*matrices, scale_a, **options):
+        if refuses(scale_a):
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand a long trace")
+        return multiply(*matrices, scale_a=scale_a, **options)
+
+    check = dispatch.check_fp8_matmul
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(dispatch, "check_fp8_matmul", lambda matmul: check(matmul, "cpu"))
+    dispatch.fp8_matmul.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert [dispatch.fp8_matmul((12, 0)), dispatch.fp8_matmul((12, 0)), dispatch.fp8_matmul((8, 6))] == [
+            way,
+            way,
+            None,
+        ]
+    dispatch.fp8_matmul.cache_clear()
+    assert [told in record.message for record in caplog.records] == ([True] if told else [])
+
+
+def test_an_fp8_matmul_that_is_wrong_is_noticed():
+    with pytest.raises(RuntimeError, match="its result is off by"):
+        dispatch.check_fp8_matmul(lambda x, weight, outputs: 1.1 * scaled_matmul(x, weight, outputs), "cpu")
 
 
 def test_quantised_rows_keep_e4m3s_precision_at_every_magnitude():

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pack.kernels import reference
+from pack.model_loader import attention
 from pack.model_loader.attention import by_frames, frame_windows, grouped_attention, joint_attention, local_attention
 from pack.model_loader.tokens import TokenLayout
 
@@ -33,6 +35,22 @@ def local_mask(radius):
         for key in range(LAYOUT.video):
             may_see[query, key] = abs(query // 6 - key // 6) <= radius
     return may_see
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_keys_are_repeated_where_torch_would_keep_every_score_otherwise(qkv, takes_groups, monkeypatch):
+    """RTX 20 has no FlashAttention, the only one of torch's that takes groups of heads as they are."""
+    given, attend = [], F.scaled_dot_product_attention
+
+    def seen(q, k, v, **options):
+        given.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "takes_groups", lambda device, dtype, head_dim: takes_groups)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    mask = local_mask(1)
+    torch.testing.assert_close(grouped_attention(*qkv, mask=mask), full_attention(*qkv, mask))
+    assert given == ([(2, 2, True)] if takes_groups else [(6, 6, False)])
 
 
 def test_grouped_heads_share_neighbouring_queries(qkv):

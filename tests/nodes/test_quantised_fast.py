@@ -119,7 +119,9 @@ def test_the_loader_multiplies_in_them_where_that_is_faster_and_says_so(loaded, 
     weights = LoadModel.execute(files.MODEL.nano, kind).args[0]
     assert weights.model_size() < 0.6 * wide.model_size()
     assert LoadModel.execute(files.MODEL.nano, f"{kind}_fast").args[0] is weights
-    reason = "cpu does not do that" if word == "fp8" else "comfy-kitchen has no kernels for that on cpu"
+    reason = (
+        "cpu, or its PyTorch, does not do that" if word == "fp8" else "comfy-kitchen has no kernels for that on cpu"
+    )
     assert told[1].endswith(f"Weights: {word}, computed in fp32")
     assert f"Weights: {word}, computed in fp32; not multiplied in {word}, because {reason}" in told[2]
     monkeypatch.setattr(weight_dtypes, "why_no_faster", lambda kind: None)

@@ -136,7 +136,7 @@ def kernels():
     assert dispatch.triton_kernels() is not None
     for kind in ("bf16", "int8", "fp8_e4m3fn_fast"):
         yield kind, sample(LoadModel.execute(FILE, kind).args[0])
-    yield "compiled", sample(with_compiled_layers(LoadModel.execute(FILE, "bf16").args[0], backend="eager"))
+        yield f"{kind}, compiled", sample(with_compiled_layers(LoadModel.execute(FILE, kind).args[0], backend="eager"))
 
 
 with torch.inference_mode():
