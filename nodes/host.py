@@ -33,6 +33,7 @@ FIRST_IMAGE = "happyhorse_first_image"  # key in a CONDITIONING's options: clean
 FIRST_IMAGE_PIXELS = "happyhorse_first_image_pixels"  # the same as an image [H,W,3] in [0,1]
 PREVIEW = "happyhorse.preview"  # key in a model file's header: JSON [49][3], colours of the latent channels and a bias
 NOT_THE_FILE = "If it is not the file: take LoRAs away or lower their strength, and set 'HappyHorse Speed' back."
+TOO_LARGE_FOR_FP16 = " Or a number was beyond fp16's 65504: weight_dtype fp32 or bf16 has room for it."
 
 
 class LatentFormat(comfy.latent_formats.Wan22):
@@ -150,8 +151,9 @@ class HappyHorse(comfy.model_base.BaseModel):
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         forward = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         velocity_video, velocity_audio = forward.execute(streams, c_crossattn, options)
+        causes = NOT_THE_FILE + TOO_LARGE_FOR_FP16 * (self.get_dtype() == torch.float16)
         for velocity in (velocity_video, velocity_audio):
-            require_finite(velocity, "The transformer", NOT_THE_FILE)
+            require_finite(velocity, "The transformer", causes)
         denoised_video = self.model_sampling.calculate_denoised(t, velocity_video, noisy_video)
         denoised_audio = self.model_sampling.calculate_denoised(t, velocity_audio[:, 0].transpose(1, 2), noisy_audio)
         return comfy.utils.pack_latents([with_first_image(denoised_video, first_image), denoised_audio])[0]

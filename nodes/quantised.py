@@ -13,7 +13,8 @@ from ..model_loader.row_scales import quantised
 from .held_weights import held
 from .padded_rows import PaddedRows
 
-KITCHEN_DTYPES = {torch.float32: 0, torch.bfloat16: 2}  # comfy-kitchen's numbers for what its operators return
+# comfy-kitchen's numbers for what its operators return
+KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def _fp8_product(x, weight, linear):

@@ -14,7 +14,7 @@ from ..kernels import FP8
 from ..kernels.dispatch import cpu_multiplies_bf16, fp8_matmul
 from ..model_loader.layouts import stored_as
 
-WIDE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WIDE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL = {  # the choices by core's names, or after them -> `host.load_model`'s
     "int8": "int8",
     "int8_fast": "int8 fast",
@@ -30,12 +30,13 @@ def model_input():
         options=["default", *WIDE, *SMALL],
         default="default",
         tooltip="Number format of the linear layers; norms and embedders stay fp32 always. default: an fp8, int8 or "
-        "GGUF file stays as it is, others become bf16 where that is computed quickly, else fp32. bf16: doubles the "
-        "memory of an fp8 or int8 file, or more of a GGUF one, so that LoRAs are not rounded as its weights are. fp32: "
-        "doubles it again, only for comparisons. int8: half the memory of bf16, from any file, and the most exact of "
-        "the small ones. int8_fast: multiplies in int8 too; faster on RTX 20 and later, a little less exact. "
-        "fp8_e4m3fn, fp8_e4m3fn_fast: the same in fp8, with three times the error; fast on RTX 40 and later. "
-        "Where a fast one is not faster, only the weights are int8 or fp8.",
+        "GGUF file stays as it is, others become bf16 where that is computed quickly, else fp16 or fp32. bf16: doubles "
+        "the memory of an fp8 or int8 file, or more of a GGUF one, so that LoRAs are not rounded as its weights are. "
+        "fp16: as bf16, for cards before RTX 30, which are slow in that. fp32: doubles it again, only for comparisons. "
+        "int8: half the memory of bf16, from any file, and the most exact of the small ones. int8_fast: multiplies in "
+        "int8 too; faster on RTX 20 and later, a little less exact. fp8_e4m3fn, fp8_e4m3fn_fast: the same in fp8, with "
+        "three times the error; fast on RTX 40 and later. Where a fast one is not faster, only the weights are int8 or "
+        "fp8.",
         advanced=True,
     )
 
@@ -55,15 +56,18 @@ def text_encoder_input():
 
 
 def default_wide():
-    """Return bf16 where the device computes in it quickly, or where the user's flags ask for it, else fp32.
+    """Return bf16 where the device computes in it quickly, else fp16 or fp32; the user's flags come first.
 
     ComfyUI never takes bf16 on a processor. Those with instructions for it compute nano in two thirds of fp32's time.
     """
     device, flags = comfy.model_management.get_torch_device(), comfy.cli_args.args
     if device.type == "cpu" and cpu_multiplies_bf16() and not (flags.fp32_unet or flags.force_fp32):
         return torch.bfloat16
-    dtype = comfy.model_management.unet_dtype(supported_dtypes=list(WIDE.values()))
-    return dtype if dtype in WIDE.values() else torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):  # one by one: with `--fast` core would choose fp16 of the two
+        chosen = comfy.model_management.unet_dtype(device, supported_dtypes=[dtype, torch.float32])
+        if chosen != torch.float32:
+            break
+    return chosen if chosen in WIDE.values() else torch.bfloat16
 
 
 def chosen(name, choice, checkpoint):
@@ -85,7 +89,7 @@ def chosen(name, choice, checkpoint):
 
 def described(checkpoint, dtype, quantised):
     """Return what the linears' weights are and what computes with them, in a few words; dtype: what is not small."""
-    wide = "bf16" if dtype is torch.bfloat16 else "fp32"
+    wide = next(name for name, known in WIDE.items() if known == dtype)
     if quantised is None:
         return wide
     if quantised == "kept" and checkpoint.blocks:

@@ -15,7 +15,6 @@ from pack.model_loader.load import tokenizer_json
 from pack.nodes import files, weight_dtypes
 from pack.nodes.clip import ENCODER, token_count
 from pack.nodes.loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
-from pack.nodes.sampling import Sampler
 from quantised_checks import ATTENTION, EXPERTS, SHARED, forward, int8_products
 from safetensors.torch import load_file, save_file
 
@@ -212,30 +211,6 @@ def test_a_changed_file_is_read_again_and_unused_models_are_let_go(tmp_path):
     assert reads == ["a", "b", "b"]
     path.touch()
     assert files.read_once(load, path, "a") is not first
-
-
-def test_weight_dtype_is_the_linears_only(loaded, prompt, latent):
-    model = LoadModel.execute(files.MODEL.nano, "bf16").args[0]
-    dtypes = {name: weight.dtype for name, weight in model.model.diffusion_model.named_parameters()}
-    assert dtypes["block.layers.1.attention.linear_qkv.weight"] == torch.bfloat16
-    assert dtypes["adapter.video_embedder.weight"] == dtypes["final_linear_audio.weight"] == torch.float32
-    assert model.model.get_dtype_inference() == torch.float32
-    exact = Sampler.execute(loaded[0], prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
-    rounded = Sampler.execute(model, prompt, latent, 0, 2, 5.0).args[0]["samples"].unbind()
-    for a, b in zip(exact, rounded, strict=True):
-        assert 0 < (a - b).square().mean().sqrt() < 0.05 * a.square().mean().sqrt()
-
-
-def test_the_default_without_a_gpu_is_bf16_where_the_processor_multiplies_it(weights, monkeypatch):
-    def default():
-        weight = LoadModel.execute(files.MODEL.nano, "default").args[0].model.diffusion_model
-        return weight.get_submodule(SHARED).weight.dtype
-
-    assert default() == torch.float32
-    monkeypatch.setattr(weight_dtypes, "cpu_multiplies_bf16", lambda: True)
-    assert default() == torch.bfloat16
-    monkeypatch.setattr(comfy.cli_args.args, "fp32_unet", True)
-    assert default() == torch.float32
 
 
 def test_weights_streamed_one_by_one_give_the_same(loaded, prompt, latent):
