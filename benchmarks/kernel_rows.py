@@ -78,6 +78,11 @@ def rows(size, device):
         latents = [draw(*LATENTS[size], dtype=torch.float32) for _ in range(3)]
         return Row("renoise_step", "fp32", (*latents, 0.8, 0.7), 4 * latents[0].nbytes)
 
+    def scale():
+        x = draw(tokens, 2 * GATED)  # times ones: it works in place
+        ones = (torch.ones(shape, device=device) for shape in ((tokens, 1), (1, 2 * GATED)))
+        return Row("scale_rows_and_columns", "bf16", (x, *ones), 2 * x.nbytes)
+
     for out in ((BF16, 2), (FP8, 1)):
         yield lambda out=out: norm(*out)
         yield lambda out=out: add_norm(*out)
@@ -88,6 +93,7 @@ def rows(size, device):
     yield decoder_norm
     yield add
     yield renoise
+    yield scale
 
 
 def name_of(dtype):

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..kernels.dispatch import FP8_MATMULS, fp8_matmul
 from ..kernels.fp8 import quantise_rows, quantise_weight
+from ..kernels.fp8_matmul import WAYS, way_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}  # more than the last-level cache of any card, of most processors
@@ -101,11 +101,11 @@ def rates(device):
     x, weight = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     operations = 2 * size**3 * 1000
     bf16 = operations / milliseconds(lambda: F.linear(x, weight), device)
-    way = fp8_matmul(torch.cuda.get_device_capability(device)) if gpu else None
+    way = way_of(torch.cuda.get_device_capability(device)) if gpu else None
     if way is None:
         return Rates(copy, bf16, None)
     rows, narrow = quantise_rows(x), quantise_weight(weight)
-    return Rates(copy, bf16, operations / milliseconds(lambda: FP8_MATMULS[way](rows, narrow, size), device))
+    return Rates(copy, bf16, operations / milliseconds(lambda: WAYS[way](rows, narrow), device))
 
 
 def once(call, device):

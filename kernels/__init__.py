@@ -6,16 +6,17 @@ from .dispatch import (
     attention_inputs,
     attention_kernel,
     channel_norm,
-    fp8_linear,
     gate_heads,
     gelu7,
     renoise_step,
     rms_norm,
     rms_norm_spans,
+    scale_rows_and_columns,
     swiglu7,
     why_no_fp8_attention,
 )
 from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
+from .fp8_matmul import fp8_linear
 from .reference import memory_format_of, repeat_ends
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "repeat_ends",
     "rms_norm",
     "rms_norm_spans",
+    "scale_rows_and_columns",
     "swiglu7",
     "why_no_fp8_attention",
 ]

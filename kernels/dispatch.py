@@ -6,10 +6,9 @@ import logging
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from . import reference
-from .fp8 import FP8, dequantise_rows, quantise_rows, quantise_weight, scaled_matmul, scaled_matmul_by_tensor
+from .fp8 import FP8
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8_CAPABILITY = (8, 9)  # Ada and later multiply e4m3
@@ -54,6 +53,7 @@ LIMITS = {
     "channel_norm": Limits(FLOATS, max_axes=5, max_columns=4096, max_fp8_columns=0, min_capability=(8, 0)),
     "add": Limits(FLOATS, max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
     "renoise": Limits((torch.float32,), max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
+    "scale": Limits(FLOATS, max_axes=2, max_columns=2**24, max_fp8_columns=0, min_capability=(8, 0)),
 }
 
 
@@ -71,6 +71,7 @@ def triton_kernels():
             gate_heads_triton,
             renoise_triton,
             rms_norm_triton,
+            scale_triton,
         )
 
         # Triton builds its launcher with a C compiler, which may be missing: that shows only when a kernel runs.
@@ -87,6 +88,7 @@ def triton_kernels():
         "gate_heads": gate_heads_triton,
         "channel_norm": channel_norm_triton,
         "renoise": renoise_triton,
+        "scale": scale_triton,
     }
 
 
@@ -231,51 +233,7 @@ def renoise_step(x, velocity, noise, sigma, sigma_next):
     return chosen.renoise_step(x, velocity, noise, sigma, sigma_next)
 
 
-@torch.no_grad()
-def check_fp8_matmul(matmul, device="cuda"):
-    """Run an fp8 matmul on a few tokens; RuntimeError if the result is not the product of what it was given."""
-    random = torch.Generator(device).manual_seed(0)
-    x = quantise_rows(torch.randn(64, 256, generator=random, device=device))
-    weight = quantise_weight(torch.randn(128, 256, generator=random, device=device))
-    wanted = dequantise_rows(x, 256) @ dequantise_rows(weight, 256).T
-    error = ((matmul(x, weight, 128).float() - wanted).norm() / wanted.norm()).item()
-    if not error < 0.02:
-        raise RuntimeError(f"its result is off by {error:.0%}")
-
-
-FP8_MATMULS = {"rows": scaled_matmul, "tensor": scaled_matmul_by_tensor}  # by what a scale is for; the quickest first
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def fp8_matmul(capability):
-    """Return which of FP8_MATMULS works on a card of this capability, or None; tried once a process.
-
-    torch wants 2.7 for scales of rows on Ada, and on RTX 50 it has had none (pytorch issue 192707, torch 2.10).
-    """
-    if torch.version.hip is not None or capability < FP8_CAPABILITY:
-        return None
-    faults = []
-    for name, matmul in FP8_MATMULS.items():
-        try:
-            check_fp8_matmul(matmul)
-        except Exception as error:  # which kind depends on what refuses: torch, cuBLAS or the check
-            faults.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}")
-        else:
-            if faults:
-                logging.info(f"happyhorse-local: fp8 is multiplied with a scale for the whole {name} ({faults[0]})")
-            return name
-    logging.warning(f"happyhorse-local: this torch multiplies no fp8 here ({'; '.join(faults)}); it is done in bf16")
-    return None
-
-
-def fp8_linear(x, weight, out_features, out_dtype=torch.bfloat16):
-    """See `reference.fp8_linear`; cards that multiply fp8 do so, others multiply the same values in bf16."""
-    if not x.values.is_cuda:
-        return reference.fp8_linear(x, weight, out_features, out_dtype)
-    way = fp8_matmul(capability_of(x.values.device))
-    if way is not None:
-        return FP8_MATMULS[way](x, weight, out_features).to(out_dtype)
-    columns = x.values.shape[-1]
-    wide = dequantise_rows(weight, columns)[:out_features].bfloat16()
-    return F.linear(dequantise_rows(x, columns).bfloat16(), wide).to(out_dtype)
+def scale_rows_and_columns(x, rows, columns):
+    """See `reference.scale_rows_and_columns`; Triton serves x without gaps."""
+    chosen = backend("scale", x) if x.is_contiguous() else reference
+    return chosen.scale_rows_and_columns(x, rows, columns)

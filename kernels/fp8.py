@@ -75,29 +75,13 @@ def aligned(scale):
     return scale if scale.data_ptr() % 16 == 0 else scale.clone()
 
 
-def scaled_matmul(x, weight, out_features):
-    """`reference.fp8_linear` by torch's fp8 matmul, in bf16: a slice of rows as wide as the padded weight is high."""
-    out = torch._scaled_mm(
+def multiplied(x, weight, x_scale, weight_scale):
+    """Multiply the values of Fp8Rows x and weight, times these scales: bf16 [all rows of x, rows of weight]."""
+    return torch._scaled_mm(
         x.values.flatten(0, -2),
         weight.values.t(),
-        scale_a=aligned(x.scale.flatten(0, -2)),
-        scale_b=weight.scale.t(),
+        scale_a=x_scale,
+        scale_b=weight_scale,
         out_dtype=torch.bfloat16,  # the only one with a scale for each row
         use_fast_accum=True,
     )
-    return out.unflatten(0, x.values.shape[:-1])[..., :out_features]
-
-
-def scaled_matmul_by_tensor(x, weight, out_features):
-    """Do the same where torch multiplies fp8 with one scale for all rows only: those of rows and columns come after."""
-    one = x.scale.new_ones(())
-    out = torch._scaled_mm(
-        x.values.flatten(0, -2),
-        weight.values.t(),
-        scale_a=one,
-        scale_b=one,
-        out_dtype=torch.bfloat16,  # sums of products below 448 x 448 are far from its limit
-        use_fast_accum=True,
-    )
-    out.mul_(x.scale.flatten(0, -2)).mul_(weight.scale.t())
-    return out.unflatten(0, x.values.shape[:-1])[..., :out_features]

@@ -161,6 +161,11 @@ def fp8_linear(x, weight, out_features, out_dtype):
     return (out * x.scale * weight.scale[:out_features, 0]).to(out_dtype)
 
 
+def scale_rows_and_columns(x, rows, columns):
+    """Multiply x [R, C], any float dtype, by rows [R, 1] and columns [1, C], fp32, in place; return it."""
+    return x.mul_(rows).mul_(columns)
+
+
 def channel_norm(x, eps, activation=None, before=0, after=0):
     """Divide every pixel of x [B, C, T, H, W] by its root mean square over the channels, then activate it.
 

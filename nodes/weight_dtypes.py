@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from torch.cuda import get_device_capability as capability
 
 from ..kernels import FP8
-from ..kernels.dispatch import cpu_multiplies_bf16, fp8_matmul
+from ..kernels.dispatch import cpu_multiplies_bf16
+from ..kernels.fp8_matmul import way_of
 from ..model_loader.layouts import stored_as
 
 WIDE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -137,7 +138,7 @@ def why_no_faster(kind):
     """Return why products in "fp8" or "int8" are no faster here than in bf16, or None."""
     device = comfy.model_management.get_torch_device()
     if kind == "fp8":
-        fast = device.type == "cuda" and fp8_matmul(capability(device)) is not None
+        fast = device.type == "cuda" and way_of(capability(device)) is not None
         return None if fast else f"{device}, or its PyTorch, does not do that"
     for name, backend in comfy.quant_ops.ck.list_backends().items():
         if name != "eager" and backend["available"] and not backend["disabled"]:

@@ -14,6 +14,7 @@ from pack.kernels import (
     reference,
     renoise_triton,
     rms_norm_triton,
+    scale_triton,
 )
 from pack.kernels.fp8 import FP8, Fp8Rows, padded_columns
 
@@ -223,6 +224,15 @@ def channels_last(x):
     wide = wide.contiguous(memory_format=torch.channels_last_3d)
     wide[:, :, 1:-2] = x
     return wide[:, :, 1:-2]
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (9, 528), (40, 1024)])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_scale_rows_and_columns(shape, dtype):
+    x, rows, columns = draw(*shape, dtype=dtype), draw(shape[0], 1), draw(shape[1], 1).t()
+    wanted = (x.float() * rows * columns).to(dtype)
+    assert scale_triton.scale_rows_and_columns(x, rows, columns) is x
+    check(x, wanted, dtype)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)

@@ -5,8 +5,7 @@ import logging
 import pytest
 import torch
 from pack import kernels
-from pack.kernels import FP8, dispatch, fp8_linear, quantise_rows, reference
-from pack.kernels.fp8 import aligned, dequantise_rows, quantise_weight, scaled_matmul, scaled_matmul_by_tensor
+from pack.kernels import FP8, dispatch, reference
 
 X = torch.randn(2, 5, 48)
 WEIGHT = torch.randn(3, 48)
@@ -76,67 +75,6 @@ def test_a_gpu_gets_triton_inside_the_limits_only():
     torch.testing.assert_close(four_spans.cpu(), reference.rms_norm_spans(X, WEIGHT[[0, 1, 2, 0]], (1, 1, 1, 2)))
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (13652, 24), (20, 7208)])
-def test_fp8_linear_pads_what_the_matmul_cannot_take(inputs, outputs):
-    """The padded fp8 matmuls (torch has them for the CPU too) and the reference, against the same numbers in fp32."""
-    random = torch.Generator().manual_seed(inputs)
-    x = quantise_rows(torch.randn(2, 5, inputs, generator=random) * torch.tensor([1.0, 300.0])[:, None, None])
-    weight = quantise_weight(torch.randn(outputs, inputs, generator=random))
-    assert all(size % 16 == 0 for size in weight.values.shape) and not weight.values[outputs:].float().any()
-    wanted = dequantise_rows(x, inputs) @ dequantise_rows(weight, inputs)[:outputs].T
-    for matmul in (fp8_linear, scaled_matmul, scaled_matmul_by_tensor):
-        found = matmul(x, weight, outputs)
-        assert found.shape == (2, 5, outputs) and found.dtype == torch.bfloat16
-        assert (found.float() - wanted).norm() < 4e-3 * wanted.norm()  # one rounding to bf16
-
-
-@pytest.mark.parametrize(
-    ("refuses", "way", "told"),
-    [
-        (lambda scale: False, "rows", None),
-        (lambda scale: scale.numel() > 1, "tensor", "with a scale for the whole tensor (rows: CUBLAS_STATUS"),
-        (lambda scale: True, None, "multiplies no fp8 here (rows: CUBLAS_STATUS_NOT_SUPPORTED; tensor: CUBLAS_STATUS"),
-    ],
-    ids=["RTX 40, H100", "RTX 50", "an older torch"],
-)
-def test_fp8_is_multiplied_in_the_way_that_this_torch_has_for_the_card(refuses, way, told, monkeypatch, caplog):
-    multiply = torch._scaled_mm
-
-    def scaled_mm(*matrices, scale_a, **options):
-        if refuses(scale_a):
-            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand a long trace")
-        return multiply(*matrices, scale_a=scale_a, **options)
-
-    check = dispatch.check_fp8_matmul
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(dispatch, "check_fp8_matmul", lambda matmul: check(matmul, "cpu"))
-    dispatch.fp8_matmul.cache_clear()
-    with caplog.at_level(logging.INFO):
-        assert [dispatch.fp8_matmul((12, 0)), dispatch.fp8_matmul((12, 0)), dispatch.fp8_matmul((8, 6))] == [
-            way,
-            way,
-            None,
-        ]
-    dispatch.fp8_matmul.cache_clear()
-    assert [told in record.message for record in caplog.records] == ([True] if told else [])
-
-
-def test_an_fp8_matmul_that_is_wrong_is_noticed():
-    with pytest.raises(RuntimeError, match="its result is off by"):
-        dispatch.check_fp8_matmul(lambda x, weight, outputs: 1.1 * scaled_matmul(x, weight, outputs), "cpu")
-
-
-def test_quantised_rows_keep_e4m3s_precision_at_every_magnitude():
-    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-8, 1.0, 1e8])[:, None]
-    rows = quantise_rows(torch.cat([x, torch.zeros(1, 40)]))
-    assert rows.values.shape == (4, 48) and rows.values.float().abs().amax(1).tolist() == [448, 448, 448, 0]
-    assert not rows.values[:, 40:].float().any()
-    error = dequantise_rows(rows, 40)[:3] - x
-    assert (error.abs() <= x.abs() * 2**-4 + x.abs().amax(1, keepdim=True) * 2**-10 / 448).all()
-    first, second = rows.split((1, 3), 0)
-    assert torch.equal(second.values.float(), rows.values[1:].float()) and torch.equal(first.scale, rows.scale[:1])
-
-
 def test_attention_goes_to_a_kernel_on_the_cards_that_have_one_only():
     q = torch.zeros(1, 2, 8, 128, dtype=torch.bfloat16)
     assert kernels.attention_kernel(q, q, q) is None
@@ -162,15 +100,6 @@ def test_attention_on_a_gpu():
     assert kernels.attention_kernel(*[q.clone().requires_grad_()] * 3) is None
     assert (kernels.why_no_fp8_attention(q.device, 128) is None) == (capability >= (8, 9))
     assert kernels.why_no_fp8_attention(q.device, 64) is not None
-
-
-def test_scales_of_a_slice_are_brought_to_an_address_that_cublas_takes():
-    """It refuses others: the text's rows of a layer of experts begin anywhere."""
-    scales = torch.rand(40, 1)
-    assert aligned(scales) is scales
-    for start in (1, 2, 3):
-        moved = aligned(scales[start:])
-        assert moved.data_ptr() % 16 == 0 and torch.equal(moved, scales[start:])
 
 
 def test_adding_to_the_stream_takes_the_place_it_is_given():

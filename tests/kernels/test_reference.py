@@ -146,3 +146,10 @@ def test_ops_are_differentiable(op):
     assert x.grad.abs().sum() > 0
     if second is not None and second.requires_grad:
         assert second.grad.abs().sum() > 0
+
+
+def test_scales_of_rows_and_columns_are_multiplied_in():
+    x, rows, columns = torch.randn(3, 5), torch.randn(3, 1), torch.randn(1, 5)
+    wanted = x.double() * rows.double() * columns.double()
+    assert reference.scale_rows_and_columns(x, rows, columns) is x
+    close(x, wanted)

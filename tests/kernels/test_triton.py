@@ -13,10 +13,10 @@ triton = pytest.importorskip("triton")
 
 FILES = [Path(__file__).with_name(name) for name in ("backends.py", "attention_backends.py")]
 TARGETS = {
-    **{f"sm_{version}": ("cuda", version, 32) for version in (80, 89, 90, 100)},
+    **{f"sm_{version}": ("cuda", version, 32) for version in (80, 89, 90, 100, 120)},
     "gfx942": ("hip", "gfx942", 64),  # compiled to see that it could serve; dispatch keeps AMD's cards on torch
 }
-WITH_FP8 = ("sm_89", "sm_90", "sm_100")  # dispatch.FP8_CAPABILITY keeps older cards from being asked
+WITH_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")  # dispatch.FP8_CAPABILITY keeps older cards from being asked
 OUTPUTS = {"bf16": "*bf16", "fp32": "*fp32", "fp8": "*fp8e4nv"}
 BF16, FP32 = OUTPUTS["bf16"], OUTPUTS["fp32"]
 
@@ -114,6 +114,13 @@ def renoise(out):
     return renoise_kernel, pointers, {"BLOCK": BLOCK}, ["sigma", "sigma_next", "clean"], 4
 
 
+def scale(out):
+    from pack.kernels.scale_triton import BLOCK_COLUMNS, BLOCK_ROWS, scale_kernel
+
+    pointers = {"x": OUTPUTS[out], "row_scale": FP32, "column_scale": FP32}
+    return scale_kernel, pointers, {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}, [], 8
+
+
 KERNELS = {
     "rms_norm of 5120": (lambda out: rms_norm(out, False, 1, 8192), OUTPUTS),
     "rms_norm of heads": (lambda out: rms_norm(out, False, 64, 128), OUTPUTS),
@@ -125,6 +132,7 @@ KERNELS = {
     "gate_heads": (gate_heads, OUTPUTS),
     "add": (add, ["fp32"]),
     "renoise": (renoise, ["fp32"]),
+    "scale": (scale, ["bf16", "fp32"]),
 }
 
 
