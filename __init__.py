@@ -1,6 +1,6 @@
 """HappyHorse Local: ComfyUI nodes for the HappyHorse-1.0 class of joint video and sound model (daVinci-MagiHuman)."""
 
-WEB_DIRECTORY = "./web"  # the help pages, web/docs/<node id>.md
+WEB_DIRECTORY = "./web"  # the help pages, web/docs/<node id>.md, and the page's script, web/notices.js
 
 
 async def comfy_entrypoint():

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 384  # pixels of the square picture
 MARGIN = 20
+BADGE = 40  # rows at the top in which newer front ends write over the picture, in its left half
 BACKGROUND, NODE, NODE_TITLE, TEXT = (30, 31, 36), (58, 60, 70), (92, 96, 112), (240, 240, 240)
 WIRES = {  # type -> colour, near those of ComfyUI's page
     "MODEL": (179, 157, 219),
@@ -42,8 +43,9 @@ def _write_title(draw, title):
         else:
             lines[-1] = longer
     text = "\n".join(lines)
-    draw.multiline_text((MARGIN * FINER, MARGIN * FINER), text, TEXT, font, spacing=8 * FINER)
-    return draw.multiline_textbbox((MARGIN * FINER, MARGIN * FINER), text, font, spacing=8 * FINER)[3]
+    corner = MARGIN * FINER, BADGE * FINER
+    draw.multiline_text(corner, text, TEXT, font, spacing=8 * FINER)
+    return draw.multiline_textbbox(corner, text, font, spacing=8 * FINER)[3]
 
 
 def _draw_graph(draw, graph, top):

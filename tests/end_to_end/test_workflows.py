@@ -1,6 +1,7 @@
 """The shipped workflows: page graphs are written from their API twins, fit the schemas, say which files they want."""
 
 import json
+import re
 import urllib.request
 
 import numpy as np
@@ -61,6 +62,17 @@ def wanted_files(twin):
     loaders = [node["inputs"] for node in twin.values() if node["class_type"].startswith("HappyHorseLoad")]
     parts = ("model", "text_encoder", "video_vae", "audio_vae")
     return sorted({inputs[part] for inputs in loaders for part in parts if part in inputs})
+
+
+def test_the_page_gets_what_keeps_our_texts_on_the_nodes(server):
+    """Newer front ends take them away when a job has ended: web/notices.js."""
+    with urllib.request.urlopen(f"{server.url}/extensions") as reply:
+        (script,) = [path for path in json.load(reply) if path.endswith("/notices.js")]
+    with urllib.request.urlopen(f"{server.url}{script}") as reply:
+        text = reply.read().decode()
+    for imported in re.findall(r'from "\.\./\.\.(/scripts/\w+\.js)"', text):
+        urllib.request.urlopen(f"{server.url}{imported}").close()
+    assert "HappyHorse" in text and "progress_text" in text
 
 
 def test_every_workflow_has_its_note_and_its_twin():
