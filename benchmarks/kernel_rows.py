@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .. import kernels
 from ..kernels import FP8, Fp8Rows, quantise_rows, quantise_weight, reference
 from ..model_loader.row_scales import quantised
-from .measure import cell, head, milliseconds, row_or_fault
+from .measure import cell, copy_time, head, milliseconds, row_or_fault
 
 BF16 = torch.bfloat16
 KITCHEN_BF16 = 2  # comfy-kitchen's number for it
@@ -119,13 +119,15 @@ def measured(row, device, rates):
         compiled = milliseconds(lambda: fused(*row.arguments), device)
     plain_time = milliseconds(lambda: plain(*row.arguments), device)
     time = milliseconds(lambda: ours(*row.arguments), device)
-    floor = rates.floor(moved=row.moved)
-    return cell(plain_time), cell(compiled), cell(time), cell(floor), f"{floor / time:.0%}", f"{error:.1e}"
+    floor, copied = rates.floor(moved=row.moved), copy_time(row.moved, device)
+    times = map(cell, (plain_time, compiled, time, copied, floor))
+    return *times, f"{floor / time:.0%}", f"{copied / time:.0%}", f"{error:.1e}"
 
 
 def table(device, rates, sizes):
     """Yield the lines of the kernels' table."""
-    yield from head("op", "size", "reference ms", "torch.compile ms", "ours ms", "floor ms", "floor/ours", "max error")
+    times = ("reference ms", "torch.compile ms", "ours ms", "copy of as many bytes ms", "floor ms")
+    yield from head("op", "size", *times, "floor/ours", "copy/ours", "max error")
     for size in sizes:
         for make in rows(size, device):
             row = make()

@@ -54,9 +54,7 @@ def milliseconds(call, device, seconds=0.3):
     flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
     times, stop = [], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < stop:
-        for _ in range(
-            4 if device.type == "cuda" else 1
-        ):  # so long that the launches of call() wait for it, not it for them
+        for _ in range(FLUSHES[device.type]):
             flush.zero_()
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -86,11 +84,17 @@ class Rates:
         return None if rate is None else 1000 * max(moved / self.copy, operations / rate)
 
 
-def copy_bandwidth(device):
-    """Return the bytes a second that a plain copy reads and writes: the floor of every memory-bound op."""
-    source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device)
+def copy_time(moved, device):
+    """Return the milliseconds of a plain copy that reads and writes `moved` bytes: small ones reach less bandwidth."""
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device) * 1000
+    return milliseconds(lambda: target.copy_(source), device)
+
+
+def copy_bandwidth(device):
+    """Return the bytes a second that a large copy reads and writes: the floor of every memory-bound op."""
+    moved = 2 * (2**30 if device.type == "cuda" else 2**26)
+    return moved / copy_time(moved, device) * 1000
 
 
 def rates(device):
