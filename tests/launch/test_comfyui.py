@@ -118,3 +118,23 @@ def test_link_follows_a_moved_folder(tmp_path):
     (tmp_path / "after").rmdir()
     comfyui.link_folder(tmp_path / "link", tmp_path / "before")  # the link that is there now leads nowhere
     assert (tmp_path / "link").samefile(tmp_path / "before")
+
+
+def test_a_disk_without_links_gets_a_copy(tmp_path, monkeypatch):
+    def no_links(*arguments, **words):
+        raise PermissionError(1, "Operation not permitted")  # what exFAT says
+
+    pack = tmp_path / "pack"
+    for name in ("nodes", ".venv", ".git", "output", "nano/runs"):
+        (pack / name).mkdir(parents=True)
+        (pack / name / "file").write_text("first")
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    comfyui.link_folder(tmp_path / "link", pack)
+    found = {path.relative_to(tmp_path / "link").as_posix() for path in (tmp_path / "link").rglob("*")}
+    assert found == {"nodes", "nodes/file", "nano"}
+    (pack / "nodes" / "file").write_text("second")
+    comfyui.link_folder(tmp_path / "link", pack)  # a copy is made anew at every start
+    assert (tmp_path / "link" / "nodes" / "file").read_text() == "second"
+    monkeypatch.undo()
+    comfyui.link_folder(tmp_path / "link", pack)  # and gives way to a link where one can be had
+    assert (tmp_path / "link").is_symlink() and (pack / "nodes" / "file").read_text() == "second"
