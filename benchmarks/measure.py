@@ -4,6 +4,7 @@ import datetime
 import platform
 import re
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..kernels.fp8_matmul import WAYS, way_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}  # more than the last-level cache of any card, of most processors
+CLOCK_STEPS = 4 / 64 if sys.platform == "win32" else 0  # Windows counts processor time in steps of 1/64 s
 FLUSHES = {"cuda": 4, "cpu": 1}  # so many that a card is busy until what is measured has been launched
 
 
@@ -64,10 +66,17 @@ def milliseconds(call, device, seconds=0.3):
             end.synchronize()
             times.append(start.elapsed_time(end))
         else:
-            start = time.process_time()
-            call()
-            times.append(1000 * (time.process_time() - start))
+            times.append(1000 * processor_seconds(call))
     return statistics.median(times)
+
+
+def processor_seconds(call):
+    """Return the processor seconds of one call() on all threads; the mean of several where the clock is coarse."""
+    calls, spent, start = 0, 0.0, time.process_time()
+    while calls == 0 or spent < CLOCK_STEPS:
+        call()
+        calls, spent = calls + 1, time.process_time() - start
+    return spent / calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +124,7 @@ def rates(device):
 def once(call, device):
     """Return the seconds of one call without warm-up, for what takes long; processor seconds on a processor."""
     if device.type == "cpu":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
+        return processor_seconds(call)
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     call()

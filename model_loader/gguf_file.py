@@ -64,15 +64,15 @@ def open_gguf(path, tensor_at=map_tensor):
     """
     if path.stat().st_size < 24:
         raise CheckpointError(f"{path.name}: {path.stat().st_size} bytes, too short for a GGUF file. {AGAIN}")
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    metadata, infos, start = _read_header(path, mapped)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        metadata, infos, start = _read_header(path, mapped)
+        size = len(mapped)
     if metadata.get("split.count", 1) != 1:
         raise CheckpointError(
             f"{path.name}: one of {metadata['split.count']} files of a split GGUF. Merge them with llama.cpp's "
             "`llama-gguf-split --merge`, or use a single file."
         )
-    stored = {name: _locate(path, len(mapped), start, name, *info) for name, info in infos.items()}
+    stored = {name: _locate(path, size, start, name, *info) for name, info in infos.items()}
     names = _published_names(path, stored, metadata.get("general.architecture", "unknown"))
     headers = {
         name: TensorHeader(stored[own].shape, PLAIN.get(stored[own].kind, torch.float32)) for name, own in names.items()

@@ -1,7 +1,6 @@
 """Weight file to network: decide from headers, build on meta, check names and shapes, assign; and back to a file."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from .detect import CONFIGS, describe
 from .dit import DiT
 from .key_map import KEY_MAPS, expert_names, split_names, stacked_name
 from .layouts import FP8, SCALED, as_published
+from .safetensors_writer import put_in_place
 from .text_encoder import TextEncoder
 from .tokenizer import tokenizer_definition
 from .tokens import rotary_bands
@@ -167,7 +167,8 @@ def save_part(path, weights, part, config, variant, *, tokenizer=None):
     """Write one network as safetensors under its published tensor names, configuration in the header.
 
     weights: the module or its state dict. part: "dit", "text_encoder", "video_vae" or "audio_vae". tokenizer: a
-    `tokenizer_definition` to carry along. The file appears whole or not at all.
+    `tokenizer_definition` to carry along. The file appears whole or not at all; on Windows never in place of one that
+    is loaded, here or elsewhere (PermissionError).
     """
     network = next(name for name, cls in CONFIGS.items() if isinstance(config, cls))
     if KEY_MAPS[network].part != part:
@@ -176,8 +177,11 @@ def save_part(path, weights, part, config, variant, *, tokenizer=None):
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
     metadata = part_metadata(part, config, variant, tokenizer)
-    save_file(published_tensors(network, state, config), unfinished, metadata)
-    os.replace(unfinished, path)
+    try:
+        save_file(published_tensors(network, state, config), unfinished, metadata)
+        put_in_place(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def part_metadata(part, config, variant, tokenizer=None):

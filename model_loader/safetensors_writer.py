@@ -55,10 +55,21 @@ class SafetensorsWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
-                os.replace(self.unfinished, self.path)
+                put_in_place(self.unfinished, self.path)
         finally:
             self._file.close()
             self.unfinished.unlink(missing_ok=True)
+
+
+def put_in_place(unfinished, path):
+    """Rename a complete file to `path`; PermissionError with what to do where Windows does not let go of that one."""
+    try:
+        os.replace(unfinished, path)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{path} cannot be replaced ({error.strerror}): a program has it open, such as a ComfyUI that loaded it. "
+            "Close that, or choose another name."
+        ) from error
 
 
 def _bytes_of(header):

@@ -1,6 +1,8 @@
 """Random weights of nano's architecture, and ComfyUI set up in this process on the CPU."""
 
+import gc
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +81,16 @@ def weights(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def borrowed(weights):
+    """The same folder for files of one test: what it adds is removed afterwards."""
+    before = set(weights.iterdir())
+    yield weights
+    gc.collect()  # Windows keeps a file as long as a tensor is mapped from it
+    for path in set(weights.iterdir()) - before:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def model_folders(weights, tmp_path_factory):
     """Make ComfyUI look for models in the weights' folder only, and write to a temporary one."""
@@ -109,13 +121,12 @@ def model_of(tmp_path_factory):
     """Return function(variant, **changes) -> a fresh MODEL of the tiny transformer as that variant."""
     from pack.nodes.host import load_model
 
-    folder = tmp_path_factory.mktemp("variants")
-
     def make(variant, **changes):
         torch.manual_seed(1)
         config = replace(DIT, **changes)
-        save_part(folder / f"{variant}.safetensors", DiT(config), "dit", config, variant)
-        return load_model(folder / f"{variant}.safetensors", torch.float32)
+        path = tmp_path_factory.mktemp("variants") / f"{variant}.safetensors"
+        save_part(path, DiT(config), "dit", config, variant)
+        return load_model(path, torch.float32)
 
     return make
 

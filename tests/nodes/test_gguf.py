@@ -84,12 +84,11 @@ def test_a_lora_is_added_to_the_weights_and_taken_off_again(network, path_of, ki
 
 
 @pytest.fixture
-def listed(weights, path_of):
-    """A Q6_K file in ComfyUI's folder; removed afterwards."""
-    path = weights / "distill_q6.gguf"
+def listed(borrowed, path_of):
+    """A Q6_K file in ComfyUI's folder."""
+    path = borrowed / "distill_q6.gguf"
     shutil.copy(path_of("Q6_K"), path)
-    yield path.name
-    path.unlink()
+    return path.name
 
 
 def test_the_loader_keeps_blocks_unless_told_otherwise_and_says_so(loaded, listed, monkeypatch):
@@ -106,19 +105,13 @@ def test_the_loader_keeps_blocks_unless_told_otherwise_and_says_so(loaded, liste
     assert all(message.endswith(end) for message, end in zip(told, ends, strict=True))
 
 
-def test_what_comfyui_saves_of_it_is_refused_with_what_to_do(loaded, listed, weights):
-    try:
-        save_checkpoint(
-            LoadModel.execute(listed, "default").args[0], filename_prefix="distill_saved", output_dir=str(weights)
-        )
-        (saved,) = (path.name for path in weights.glob("distill_saved*"))
-        with pytest.raises(
-            CheckpointError, match=f"{saved}: .* is quantised as .*HappyHorseGgufQ6_K.*weight_dtype bf16"
-        ):
-            LoadModel.execute(saved, "default")
-    finally:
-        for path in weights.glob("distill_saved*"):
-            path.unlink()
+def test_what_comfyui_saves_of_it_is_refused_with_what_to_do(loaded, listed, borrowed):
+    save_checkpoint(
+        LoadModel.execute(listed, "default").args[0], filename_prefix="distill_saved", output_dir=str(borrowed)
+    )
+    (saved,) = (path.name for path in borrowed.glob("distill_saved*"))
+    with pytest.raises(CheckpointError, match=f"{saved}: .* is quantised as .*HappyHorseGgufQ6_K.*weight_dtype bf16"):
+        LoadModel.execute(saved, "default")
 
 
 def test_without_comfy_kitchen_blocks_are_multiplied_out_and_the_log_says_why(loaded, listed, monkeypatch, caplog):

@@ -1,7 +1,6 @@
 """Model files: what the loaders list, that a model is read once, its dtype and streaming; and wrong files."""
 
 import json
-import shutil
 
 import comfy.cli_args
 import comfy.sd
@@ -20,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
-def folder_of_shards(weights):
-    """The tiny DiT as upstream ships it: a folder of two shards and their index; removed afterwards."""
-    tensors = load_file(weights / files.MODEL.nano)
-    with open(weights / files.MODEL.nano, "rb") as file:
+def folder_of_shards(borrowed):
+    """The tiny DiT as upstream ships it: a folder of two shards and their index."""
+    tensors = load_file(borrowed / files.MODEL.nano)
+    with open(borrowed / files.MODEL.nano, "rb") as file:
         metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
-    folder = weights / "daVinci" / "distill"
+    folder = borrowed / "daVinci" / "distill"
     folder.mkdir(parents=True)
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -33,9 +32,7 @@ def folder_of_shards(weights):
         save_file({name: tensors[name] for name in part}, folder / shard, metadata)
     index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    yield "daVinci/distill"
-    for path in (*folder.iterdir(), folder, folder.parent):
-        path.rmdir() if path.is_dir() else path.unlink()
+    return "daVinci/distill"
 
 
 def test_each_loader_lists_its_own_nano_file_only(model_folders):
@@ -58,15 +55,14 @@ def test_sharded_folders_are_listed_without_their_shards_and_load(loaded, folder
 
 
 @pytest.fixture
-def gguf_encoder(weights):
-    """The tiny text encoder as a .gguf file in a folder, its configuration beside; removed afterwards."""
-    folder = weights / "t5"
+def gguf_encoder(borrowed):
+    """The tiny text encoder as a .gguf file in a folder, its configuration beside."""
+    folder = borrowed / "t5"
     folder.mkdir()
-    write(folder / "tiny.gguf", load_file(weights / files.TEXT_ENCODER.nano))
-    config = json.loads(Checkpoint.open(weights / files.TEXT_ENCODER.nano).metadata["happyhorse.config"])
+    write(folder / "tiny.gguf", load_file(borrowed / files.TEXT_ENCODER.nano))
+    config = json.loads(Checkpoint.open(borrowed / files.TEXT_ENCODER.nano).metadata["happyhorse.config"])
     (folder / "config.json").write_text(json.dumps({"encoder": config}))
-    yield folder / "tiny.gguf"
-    shutil.rmtree(folder)
+    return folder / "tiny.gguf"
 
 
 def test_a_gguf_text_encoder_is_listed_but_not_as_a_vae_and_loads(loaded, weights, gguf_encoder):
@@ -83,86 +79,66 @@ def test_a_gguf_text_encoder_is_listed_but_not_as_a_vae_and_loads(loaded, weight
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn", "int8"])
-def test_a_gguf_transformer_is_listed_but_not_as_a_vae_and_loads(loaded, weights, weight_dtype):
+def test_a_gguf_transformer_is_listed_but_not_as_a_vae_and_loads(loaded, borrowed, weight_dtype):
     name = "tiny_distill.gguf"
-    write(weights / name, load_file(weights / files.MODEL.nano), architecture="magihuman")
-    try:
-        assert files.choices(files.MODEL) == [files.MODEL.nano, name]
-        assert files.choices(files.AUDIO_VAE) == [files.AUDIO_VAE.nano]
-        found, meant = (LoadModel.execute(file, weight_dtype).args[0].model for file in (name, files.MODEL.nano))
-        found, meant = (model.diffusion_model.state_dict() for model in (found, meant))
-        assert found.keys() == meant.keys() and all(torch.equal(found[key], meant[key]) for key in meant)
-    finally:
-        (weights / name).unlink()
+    write(borrowed / name, load_file(borrowed / files.MODEL.nano), architecture="magihuman")
+    assert files.choices(files.MODEL) == [files.MODEL.nano, name]
+    assert files.choices(files.AUDIO_VAE) == [files.AUDIO_VAE.nano]
+    found, meant = (LoadModel.execute(file, weight_dtype).args[0].model for file in (name, files.MODEL.nano))
+    found, meant = (model.diffusion_model.state_dict() for model in (found, meant))
+    assert found.keys() == meant.keys() and all(torch.equal(found[key], meant[key]) for key in meant)
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp32", "fp8_e4m3fn", "int8"])
-def test_a_model_that_comfyui_saved_loads_again_with_its_lora(loaded, weights, lora, weight_dtype):
+def test_a_model_that_comfyui_saved_loads_again_with_its_lora(loaded, borrowed, lora, weight_dtype):
     """Core's node "Save Model" writes our names, in which experts are apart."""
     model = LoadModel.execute(files.MODEL.nano, weight_dtype).args[0]
     if weight_dtype == "fp32":
         model, _ = comfy.sd.load_lora_for_models(model, None, lora[0], 0.5, 0.0)
-    try:
-        save_checkpoint(model, filename_prefix="merged_distill", output_dir=str(weights))
-        (saved,) = (name for name in files.choices(files.MODEL) if name.startswith("merged_distill"))
-        again = LoadModel.execute(saved, "default").args[0]
-        assert again.model.variant == "distill" and again.model_size() == model.model_size()
-        model.patch_model()
-        for found, meant in zip(
-            forward(again.model.diffusion_model), forward(model.model.diffusion_model), strict=True
-        ):
-            torch.testing.assert_close(found, meant, atol=1e-5, rtol=1e-5)
-        model.unpatch_model()
-    finally:
-        for path in weights.glob("merged_distill*"):
-            path.unlink()
+    save_checkpoint(model, filename_prefix="merged_distill", output_dir=str(borrowed))
+    (saved,) = (name for name in files.choices(files.MODEL) if name.startswith("merged_distill"))
+    again = LoadModel.execute(saved, "default").args[0]
+    assert again.model.variant == "distill" and again.model_size() == model.model_size()
+    model.patch_model()
+    for found, meant in zip(forward(again.model.diffusion_model), forward(model.model.diffusion_model), strict=True):
+        torch.testing.assert_close(found, meant, atol=1e-5, rtol=1e-5)
+    model.unpatch_model()
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn_fast", pytest.param("int8_fast", marks=int8_products)])
-def test_what_comfyui_saves_of_a_model_for_fast_products_is_not_padded(loaded, weights, monkeypatch, weight_dtype):
+def test_what_comfyui_saves_of_a_model_for_fast_products_is_not_padded(loaded, borrowed, monkeypatch, weight_dtype):
     monkeypatch.setattr(weight_dtypes, "why_no_faster", lambda kind: None)
     model = LoadModel.execute(files.MODEL.nano, weight_dtype).args[0]
-    try:
-        save_checkpoint(model, filename_prefix="merged_distill", output_dir=str(weights))
-        (saved,) = (name for name in files.choices(files.MODEL) if name.startswith("merged_distill"))
-        again = LoadModel.execute(saved, "default").args[0]
-        for layer in (SHARED, f"{EXPERTS}.audio", f"{ATTENTION}.linear_qkv"):
-            found, meant = (m.model.diffusion_model.get_submodule(layer).weight for m in (again, model))
-            assert found.storage_shape == tuple(found.shape) and torch.equal(found.dequantize(), meant.dequantize())
-        assert meant.storage_shape == (144, 64) and meant.shape == (132, 64)
-    finally:
-        for path in weights.glob("merged_distill*"):
-            path.unlink()
+    save_checkpoint(model, filename_prefix="merged_distill", output_dir=str(borrowed))
+    (saved,) = (name for name in files.choices(files.MODEL) if name.startswith("merged_distill"))
+    again = LoadModel.execute(saved, "default").args[0]
+    for layer in (SHARED, f"{EXPERTS}.audio", f"{ATTENTION}.linear_qkv"):
+        found, meant = (m.model.diffusion_model.get_submodule(layer).weight for m in (again, model))
+        assert found.storage_shape == tuple(found.shape) and torch.equal(found.dequantize(), meant.dequantize())
+    assert meant.storage_shape == (144, 64) and meant.shape == (132, 64)
 
 
 @pytest.mark.parametrize(
     ("folder", "stem"), [("distill/transformer", "diffusion_pytorch_model"), ("a/b/c/distill", "model")]
 )
-def test_any_folder_of_shards_is_listed_by_its_name_and_loads(loaded, weights, folder, stem):
-    tensors = load_file(weights / files.MODEL.nano)
-    (weights / folder).mkdir(parents=True)
-    try:
-        for i in (1, 2):
-            part = {name: tensors[name] for name in sorted(tensors)[i - 1 :: 2]}
-            save_file(part, weights / folder / f"{stem}-0000{i}-of-00002.safetensors")
-        assert files.choices(files.MODEL) == sorted([folder, files.MODEL.nano])
-        model = LoadModel.execute(folder, "fp32").args[0].model
-        single = loaded[0].model.diffusion_model.state_dict()
-        assert model.variant == "distill"
-        assert all(torch.equal(w, single[name]) for name, w in model.diffusion_model.state_dict().items())
-    finally:
-        shutil.rmtree(weights / folder.split("/")[0])
+def test_any_folder_of_shards_is_listed_by_its_name_and_loads(loaded, borrowed, folder, stem):
+    tensors = load_file(borrowed / files.MODEL.nano)
+    (borrowed / folder).mkdir(parents=True)
+    for i in (1, 2):
+        part = {name: tensors[name] for name in sorted(tensors)[i - 1 :: 2]}
+        save_file(part, borrowed / folder / f"{stem}-0000{i}-of-00002.safetensors")
+    assert files.choices(files.MODEL) == sorted([folder, files.MODEL.nano])
+    model = LoadModel.execute(folder, "fp32").args[0].model
+    single = loaded[0].model.diffusion_model.state_dict()
+    assert model.variant == "distill"
+    assert all(torch.equal(w, single[name]) for name, w in model.diffusion_model.state_dict().items())
 
 
-def test_shards_in_no_folder_stand_behind_the_first(weights):
-    shards = [weights / f"distill-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    try:
-        for shard in shards:
-            save_file({shard.name: torch.ones(1)}, shard)
-        assert files.choices(files.MODEL) == [shards[0].name, files.MODEL.nano]
-    finally:
-        for shard in shards:
-            shard.unlink()
+def test_shards_in_no_folder_stand_behind_the_first(borrowed):
+    shards = [borrowed / f"distill-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for shard in shards:
+        save_file({shard.name: torch.ones(1)}, shard)
+    assert files.choices(files.MODEL) == [shards[0].name, files.MODEL.nano]
 
 
 def test_a_missing_file_is_named_with_the_place_to_get_it_from(model_folders):
@@ -233,13 +209,10 @@ def test_a_file_of_another_part_is_refused(weights):
         LoadVideoVAE.execute("gone.safetensors")
 
 
-def test_a_nameless_file_takes_the_variant_of_the_user(weights):
-    path = weights / "unnamed.safetensors"
-    save_file(load_file(weights / files.MODEL.nano), path)
-    try:
-        with pytest.raises(CheckpointError, match="neither metadata nor name tells the variant"):
-            LoadModel.execute(path.name, "fp32")
-        model = LoadModel.execute(path.name, "fp32", "1080p_sr").args[0].model
-        assert model.variant == "1080p_sr" and model.diffusion_model.config.positions == "v1"
-    finally:
-        path.unlink()
+def test_a_nameless_file_takes_the_variant_of_the_user(borrowed):
+    path = borrowed / "unnamed.safetensors"
+    save_file(load_file(borrowed / files.MODEL.nano), path)
+    with pytest.raises(CheckpointError, match="neither metadata nor name tells the variant"):
+        LoadModel.execute(path.name, "fp32")
+    model = LoadModel.execute(path.name, "fp32", "1080p_sr").args[0].model
+    assert model.variant == "1080p_sr" and model.diffusion_model.config.positions == "v1"

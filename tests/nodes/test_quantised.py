@@ -79,12 +79,11 @@ def kind(request):
 
 
 @pytest.fixture
-def listed(weights, quantised_files, kind):
-    """The file that `convert` wrote, in ComfyUI's folder; removed afterwards."""
-    path = weights / f"distill_{kind}.safetensors"
+def listed(borrowed, quantised_files, kind):
+    """The file that `convert` wrote, in ComfyUI's folder."""
+    path = borrowed / f"distill_{kind}.safetensors"
     path.write_bytes(quantised_files["ours" if kind == "fp8" else "int8"].read_bytes())
-    yield path.name
-    path.unlink()
+    return path.name
 
 
 def test_the_loader_keeps_them_unless_another_dtype_is_chosen_and_says_so(loaded, listed, kind, monkeypatch):
