@@ -90,7 +90,7 @@ def run_comfyui(words):
     folder = prepare()
     print("ComfyUI will say that comfyui-workflow-templates are missing: hundreds of MB, left out.", flush=True)
     own_models = folder / "models" if folder != comfyui.FETCHED else None
-    device = [] if environment.has_nvidia() or sys.platform == "darwin" or "--cpu" in words else ["--cpu"]
+    device = [] if environment.uses_card() or sys.platform == "darwin" or "--cpu" in words else ["--cpu"]
     run([folder / "main.py", *comfyui.make_base(ROOT / ".comfyui" / "base", own_models), *device, *words], folder)
 
 

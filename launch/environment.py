@@ -25,21 +25,26 @@ VENV = ROOT / ".venv"
 UNFINISHED = "unfinished"
 TESTED_COMFYUI = "0.30.0"  # the version that requirements-comfyui.txt pins
 TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "spandrel"}
+WINDOWS_INDEX = "https://download.pytorch.org/whl/cu130"  # PyPI's for Windows has no CUDA
 LEFT_OUT = {"comfyui-workflow-templates"}  # several hundred MB of pictures; ComfyUI starts without
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `.venv` must hold: requirement lines installed with what they need, and lines installed alone."""
+    """What `.venv` must hold: requirement lines installed with what they need, and lines installed alone.
+
+    index: a package index besides pip's own, or "".
+    """
 
     packages: tuple[str, ...]
     alone: tuple[str, ...]
     free_gb: int
+    index: str = ""
 
     @property
     def stamp(self):
         """A hash of all that decides what is installed; `.venv` holds it once it is complete."""
-        decides = [sys.version_info[:2], self.packages, self.alone]
+        decides = [sys.version_info[:2], self.packages, self.alone, *filter(None, [self.index])]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     @property
@@ -86,7 +91,15 @@ def plan(comfyui, comfyui_version):
     nvidia = has_nvidia()
     torch, alone = torch_requirements(nvidia)
     packages = torch + theirs + requirement_lines(here / "requirements-pack.txt")
-    return Plan(packages, alone, free_gb=14 if nvidia else 5)
+    index = WINDOWS_INDEX if nvidia and sys.platform == "win32" else ""
+    return Plan(packages, alone, free_gb=14 if nvidia else 5, index=index)
+
+
+def uses_card(packages=None):
+    """Whether there is an NVIDIA driver, and the torch of a site-packages folder (default: .venv's) is built for it."""
+    version = (packages or site_packages()) / "torch" / "version.py"
+    built = version.is_file() and re.search(r"^cuda\b.*= '", version.read_text(encoding="utf-8"), re.MULTILINE)
+    return bool(built) and has_nvidia()
 
 
 def python_of(venv=VENV):
@@ -152,6 +165,7 @@ def install(wanted, venv=VENV):
         raise LaunchError(f"{wanted.free_gb} GB are needed in {venv.parent}, {free_gb:.1f} GB are free.")
     python = python_of(venv)
     command = ["install", "--no-compile"]  # Python compiles what is used when it is used: half the time, less disk
+    command += ["--extra-index-url", wanted.index] if wanted.index else []
     pip(python, [*command, *wanted.packages], "PyTorch and what ComfyUI needs")
     if wanted.alone:
         pip(python, [*command, "--no-deps", *wanted.alone], "torchvision, torchaudio, spandrel")
@@ -159,6 +173,8 @@ def install(wanted, venv=VENV):
         # PyPI's torchaudio is built for CUDA: its compiled half fails beside a CPU torch, its Python half works.
         for library in (site_packages(venv) / "torchaudio" / "lib").glob("*.so"):
             library.unlink()
+    if wanted.index and not uses_card(site_packages(venv)):
+        print(f"  The card stays unused: {wanted.index} had no torch for it. To try once more, delete {venv} first.")
     stamp_file(venv).write_text(wanted.stamp)
 
 

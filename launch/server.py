@@ -1,5 +1,6 @@
 """Start a ComfyUI server of our own on a free port of this computer, and stop it."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from . import LaunchError
 from .comfyui import make_base
-from .environment import has_nvidia
+from .environment import uses_card
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -51,7 +52,8 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [str(python), str(self.comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port)]
-        self.command += ["--disable-auto-launch", *([] if has_nvidia() else ["--cpu"]), *arguments]
+        packages = Path(importlib.util.find_spec("torch").origin).parents[1]
+        self.command += ["--disable-auto-launch", *([] if uses_card(packages) else ["--cpu"]), *arguments]
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="happyhorse-", ignore_cleanup_errors=True)

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 from pack.launch import ROOT, LaunchError, environment
 from pack.launch.environment import Plan, create, install, python_of, site_packages, stamp_file, why_not_ready
+from pack.launch.pip import run_quietly
 
 WANTED = Plan(("tiny-thing==1.0", "never-here==1; sys_platform == 'none'"), (), free_gb=0)
 
@@ -130,6 +131,52 @@ def test_cpu_machines_ask_for_exactly_the_cpu_build(machine, torchvision):
     packages, alone = environment.torch_requirements(False, *machine)
     assert packages[0] == "torch==2.13.0"
     assert f"torchvision=={torchvision}" in alone, "with its own requirements it would replace torch"
+
+
+def test_windows_with_a_card_looks_for_torch_where_it_has_cuda(tmp_path, monkeypatch):
+    machines = (("win32", False, ""), ("linux", True, ""), ("win32", True, environment.WINDOWS_INDEX))
+    for system, nvidia, index in machines:
+        monkeypatch.setattr(environment, "has_nvidia", lambda nvidia=nvidia: nvidia)
+        monkeypatch.setattr(environment.sys, "platform", system)
+        found = environment.plan(tmp_path, environment.TESTED_COMFYUI)
+        assert found.index == index
+    assert found.stamp != Plan(found.packages, found.alone, found.free_gb).stamp
+
+
+def test_another_index_is_asked_too(made, wheels, tmp_path, monkeypatch, capsys):
+    write_wheel(wheels)
+    page = tmp_path / "index" / "tiny-thing" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(f'<a href="{next(wheels.iterdir()).as_uri()}">tiny_thing-1.0-py3-none-any.whl</a>')
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
+    elsewhere = Plan(WANTED.packages, (), free_gb=0, index=(tmp_path / "index").as_uri())
+    install(elsewhere, made)
+    assert why_not_ready(elsewhere, made) is None
+    assert f"The card stays unused: {elsewhere.index} had no torch for it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "driver", "used"),
+    [
+        ("cuda: Optional[str] = '13.0'", True, True),
+        ("cuda = '12.8'", False, False),
+        ("cuda: Optional[str] = None", True, False),
+    ],
+)
+def test_a_card_is_used_where_driver_and_torch_know_it(tmp_path, monkeypatch, line, driver, used):
+    monkeypatch.setattr(environment, "has_nvidia", lambda: driver)
+    assert not environment.uses_card(tmp_path)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.11.0'\n{line}\nhip = None\n")
+    assert environment.uses_card(tmp_path) == used
+
+
+def test_a_python_that_makes_no_environment_is_not_blamed_on_the_network():
+    with pytest.raises(LaunchError, match="no such thing\nRun again with another Python"):
+        run_quietly([sys.executable, "-c", "raise SystemExit('no such thing')"], "Virtual environment")
 
 
 def test_gpu_machines_get_one_release():
