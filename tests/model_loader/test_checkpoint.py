@@ -1,7 +1,7 @@
 """Weight files on disk: every way to name one, and what of it is read into memory."""
 
 import json
-from pathlib import Path
+import sys
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_safetensors_go_before_a_pickle_of_the_same_folder(tmp_path):
     assert_whole(Checkpoint.open(tmp_path))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="asks Linux where a file is mapped")
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux where a file is mapped")
 def test_reading_needs_no_second_copy(tmp_path):
     save_file({"big": torch.zeros(1 << 22), "small": torch.ones(3)}, tmp_path / "m.safetensors")
     checkpoint = Checkpoint.open(tmp_path / "m.safetensors")
