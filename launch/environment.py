@@ -33,7 +33,7 @@ LEFT_OUT = {"comfyui-workflow-templates"}  # several hundred MB of pictures; Com
 class Plan:
     """What `.venv` must hold: requirement lines installed with what they need, and lines installed alone.
 
-    index: a package index besides pip's own, or "".
+    index: a package index besides pip's own for torch and its companions, or "".
     """
 
     packages: tuple[str, ...]
@@ -165,7 +165,9 @@ def install(wanted, venv=VENV):
         raise LaunchError(f"{wanted.free_gb} GB are needed in {venv.parent}, {free_gb:.1f} GB are free.")
     python = python_of(venv)
     command = ["install", "--no-compile"]  # Python compiles what is used when it is used: half the time, less disk
-    command += ["--extra-index-url", wanted.index] if wanted.index else []
+    if wanted.index:  # for these alone: where it cannot be reached, pip tries long for each package
+        torch = [line for line in wanted.packages if package_name(line) in TORCH_FAMILY]
+        pip(python, [*command, "--extra-index-url", wanted.index, *torch], "PyTorch for NVIDIA cards")
     pip(python, [*command, *wanted.packages], "PyTorch and what ComfyUI needs")
     if wanted.alone:
         pip(python, [*command, "--no-deps", *wanted.alone], "torchvision, torchaudio, spandrel")

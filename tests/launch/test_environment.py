@@ -36,11 +36,11 @@ def wheels(tmp_path, monkeypatch):
     return folder
 
 
-def write_wheel(folder):
-    """Write the wheel of a package `tiny-thing` without contents."""
-    info = "tiny_thing-1.0.dist-info"
-    with zipfile.ZipFile(folder / "tiny_thing-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
+def write_wheel(folder, name="tiny_thing"):
+    """Write the wheel of a package without contents."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 
@@ -143,19 +143,27 @@ def test_windows_with_a_card_looks_for_torch_where_it_has_cuda(tmp_path, monkeyp
     assert found.stamp != Plan(found.packages, found.alone, found.free_gb).stamp
 
 
-def test_another_index_is_asked_too(made, wheels, tmp_path, monkeypatch, capsys):
+def test_another_index_is_asked_for_torch_alone(made, wheels, tmp_path, monkeypatch, capsys):
+    """A package named spandrel, one of torch's companions, lies there; tiny-thing lies where pip looks by itself."""
     write_wheel(wheels)
-    page = tmp_path / "index" / "tiny-thing" / "index.html"
+    page = tmp_path / "index" / "spandrel" / "index.html"
     page.parent.mkdir(parents=True)
-    page.write_text(f'<a href="{next(wheels.iterdir()).as_uri()}">tiny_thing-1.0-py3-none-any.whl</a>')
+    write_wheel(page.parent, "spandrel")
+    page.write_text('<a href="spandrel-1.0-py3-none-any.whl">spandrel-1.0-py3-none-any.whl</a>')
     monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.delenv("PIP_FIND_LINKS")
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
-    elsewhere = Plan(WANTED.packages, (), free_gb=0, index=(tmp_path / "index").as_uri())
+    index = (tmp_path / "index").as_uri()
+    elsewhere = Plan((*WANTED.packages, "spandrel==1.0"), (), free_gb=0, index=index)
     install(elsewhere, made)
     assert why_not_ready(elsewhere, made) is None
-    assert f"The card stays unused: {elsewhere.index} had no torch for it" in capsys.readouterr().out
+    assert f"The card stays unused: {index} had no torch for it" in capsys.readouterr().out
+    other = page.parents[1] / "other-thing" / "index.html"
+    other.parent.mkdir()
+    write_wheel(other.parent, "other_thing")
+    other.write_text('<a href="other_thing-1.0-py3-none-any.whl">other_thing-1.0-py3-none-any.whl</a>')
+    with pytest.raises(LaunchError, match="other-thing"):
+        install(Plan((*elsewhere.packages, "other-thing==1.0"), (), free_gb=0, index=index), made)
 
 
 @pytest.mark.parametrize(
