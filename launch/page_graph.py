@@ -12,11 +12,13 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
 LEFT, TOP, GAP, TITLE, ROW = 40, 100, 50, 30, 28
 TEXT_BOX = 100  # what a text of several lines takes more than a row
 NOTICE = 80  # for what a node tells while it runs
-SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260, "LoadAudio": 80}  # height of what a node displays
+# Height of what a node displays.
+SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260, "LoadAudio": 80, "PreviewAny": 260}
 WIDTH = 340
 WIDTHS = {
     "HappyHorseLoadCheckpoint": 400, "HappyHorseSaveVideo": 420, "HappyHorsePromptBuilder": 440,
-    "HappyHorseEncodePrompt": 420, "HappyHorseNegativePrompt": 420, "MarkdownNote": 420,
+    "HappyHorsePromptEnhancer": 420, "HappyHorseEncodePrompt": 420, "HappyHorseNegativePrompt": 420,
+    "PreviewAny": 420, "MarkdownNote": 420,
 }  # fmt: skip
 NOTE_CHARACTERS = 52  # in a line of a note
 URL = re.compile(r"\(https:[^)]*\)")

@@ -10,6 +10,7 @@ from .guidance import Guider, NegativePrompt
 from .loaders import LoadAudioVAE, LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE
 from .lora import register_lora_names
 from .prompt import EncodePrompt, PromptBuilder
+from .prompt_enhancer import PromptEnhancer
 from .sampling import Sampler, SamplerSelect, Sigmas
 from .soundtrack import Soundtrack
 from .speed import Speed
@@ -17,8 +18,8 @@ from .super_resolution import SuperResolution
 
 NODES = [
     LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE, LoadAudioVAE,
-    PromptBuilder, EncodePrompt, NegativePrompt, EmptyLatent, FirstImage, Soundtrack, Sampler, SuperResolution,
-    Continue, Join, SamplerSelect, Sigmas, Guider, Speed, Decode, SaveVideo,
+    PromptBuilder, PromptEnhancer, EncodePrompt, NegativePrompt, EmptyLatent, FirstImage, Soundtrack, Sampler,
+    SuperResolution, Continue, Join, SamplerSelect, Sigmas, Guider, Speed, Decode, SaveVideo,
 ]  # fmt: skip
 
 

@@ -14,6 +14,12 @@ BETWEEN_CJK = re.compile(f"(?<=[{CJK}])(?=[{CJK}])")
 WORD = re.compile(rf"[^\W{CJK}]+(?:['’-]\w+)*")
 ARTICLE = re.compile(r"^(?:an?|the) ", re.IGNORECASE)
 QUOTATION_MARK = re.compile(r"[“”„「」『』]|«\s*|\s*»")
+QUOTED = re.compile(r'"([^"]+)"')
+# What language models put around the parts: Markdown, code fences, a heading.
+HEADING = re.compile(r"^[\s*#>]*(dialogue|background sounds?)[\s*]*(?::[\s*]*|$)", re.IGNORECASE | re.MULTILINE)
+WRAPPING = re.compile(r"^\s*```\w*\s*|\s*```\s*$|^[\s*#]*(?:enhanced )?prompt[\s*]*:[\s*]*", re.IGNORECASE)
+SPOKEN = re.compile(r'<\s*([^<>]+?)\s*,\s*([^<>,]+?)\s*>\s*:?\s*(?:"([^"]+)"|(.+))')
+ALSO_CALLED = {"chinese": "Mandarin", "mandarin chinese": "Mandarin", "putonghua": "Mandarin"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,32 @@ def structured_prompt(description, speeches, background):
     return "\n\n".join(filter(None, [" ".join(filter(None, body)), dialogue, heard]))
 
 
+def parts_of(prompt, said=()):
+    """Return (description, [Speech], background) of a structured prompt as a language model writes one.
+
+    prompt: str, with or without the two blocks, Markdown or a heading around them. Undoes `structured_prompt`; a line
+    of the dialogue that the description quotes with other spacing, case or punctuation is quoted there as it is below.
+    said: lines, as `quotations` returns them, that are written so wherever the prompt quotes the same letters.
+    """
+    pieces = HEADING.split(WRAPPING.sub("", WRAPPING.sub("", prompt)))
+    blocks = dict(zip(map(str.lower, pieces[1::2]), pieces[2::2], strict=True))
+    description, spoken = _tidy(pieces[0]), QUOTATION_MARK.sub('"', blocks.get("dialogue", ""))
+    exact = {_letters(line): line for line in said}
+    speeches = []
+    for speaker, language, quoted, bare in SPOKEN.findall(spoken):
+        if letters := _letters(quoted or bare):
+            speeches.append(Speech(speaker, _language(language), exact.get(letters, quoted or bare)))
+    for line in (*(speech.quoted for speech in speeches), *said):
+        description = _requote(description, line)
+    background = _tidy(blocks.get("background sound", blocks.get("background sounds", ""))).strip("<>*` ")
+    return description, speeches, "" if background == NO_BACKGROUND else background
+
+
+def quotations(text):
+    """Return what the text quotes, tidied, in quotation marks."""
+    return [found[0] for found in QUOTED.finditer(_tidy(text)) if _letters(found[0])]
+
+
 def space_cjk(text):
     """Return the text, composed, with one space between any two CJK characters: 你好，再见 -> 你 好，再 见."""
     return BETWEEN_CJK.sub(" ", unicodedata.normalize("NFC", text))
@@ -86,6 +118,19 @@ def too_short(words):
 
 def _tidy(text):
     return space_cjk(QUOTATION_MARK.sub('"', " ".join(text.split())))
+
+
+def _requote(text, line):
+    return QUOTED.sub(lambda found: line if _letters(found[0]) == _letters(line) else found[0], text)
+
+
+def _letters(text):
+    return "".join(letter for letter in unicodedata.normalize("NFKC", text).casefold() if letter.isalnum())
+
+
+def _language(name):
+    known = {language.casefold(): language for language in LANGUAGES}
+    return known.get(name.casefold()) or ALSO_CALLED.get(name.casefold(), name)
 
 
 def _capital(text):

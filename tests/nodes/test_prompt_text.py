@@ -1,7 +1,17 @@
 """The structured prompt: the guide's form, dialogue in both places, CJK spacing, words."""
 
 import pytest
-from pack.nodes.prompt_text import LANGUAGES, Speech, space_cjk, structured_prompt, too_short, word_count
+from pack.nodes.prompt_text import (
+    LANGUAGES,
+    NO_BACKGROUND,
+    Speech,
+    parts_of,
+    quotations,
+    space_cjk,
+    structured_prompt,
+    too_short,
+    word_count,
+)
 
 LINES = {
     "Mandarin": ("你好，很高兴见到你。", "你 好，很 高 兴 见 到 你。"),
@@ -78,3 +88,46 @@ def test_words_are_the_bodys_without_cjk():
     assert word_count(prompt) == 10  # It's a well-lit room quiet The boy says in Mandarin
     assert word_count("one two") == 2
     assert not too_short(80) and too_short(79).startswith("The description has 79 words; full-size models want 150")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_parts_of_undoes_it(language):
+    written = structured_prompt("A man sits still.", [Speech("old man", language, LINES[language][0])], "rain")
+    assert structured_prompt(*parts_of(written)) == written
+    assert structured_prompt(*parts_of(structured_prompt("A park.", [], ""))) == structured_prompt("A park.", [], "")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        'A man says, "Hello there."\n\nDialogue:\n<Old man, English>: "Hello there."\n\nBackground Sound:\n<Rain>',
+        "```\n**Enhanced Prompt:** A man says, “Hello there.”\n\n**Dialogue:**\n<Old man, English>: “Hello there.”\n\n"
+        "**Background Sound:**\n<Rain>\n```",
+        'Prompt: A man says, " hello there "\n### Dialogue\n* <Old man , english> "Hello there." (softly)\n'
+        "### Background sounds\nRain",
+        'A man says, "Hello there."\nDialogue: <Old man, English>: Hello there.\nBackground Sound: <Rain>',
+    ],
+)
+def test_what_language_models_write_around_the_parts(written):
+    description, speeches, background = parts_of(written)
+    assert (description, background) == ('A man says, "Hello there."', "Rain")
+    assert speeches == [Speech("Old man", "English", "Hello there.")]
+
+
+def test_parts_that_are_missing():
+    assert parts_of("A park.") == ("A park.", [], "")
+    assert parts_of(f"A park.\n\nDialogue:\nNone\n\nBackground Sound:\n<{NO_BACKGROUND}>") == ("A park.", [], "")
+    assert parts_of('The background sound is rain, the dialogue "ha".')[0] == (
+        'The background sound is rain, the dialogue "ha".'
+    )
+
+
+def test_lines_are_written_as_the_user_did():
+    written = 'She says, "你 好" and "bye !"\n\nDialogue:\n<Young woman, Chinese>: "你好！"'
+    description, speeches, _ = parts_of(written, ['"你 好。"', '"Bye."'])
+    assert description == 'She says, "你 好。" and "Bye."'
+    assert [(speech.language, speech.quoted) for speech in speeches] == [("Mandarin", '"你 好。"')]
+
+
+def test_quotations():
+    assert quotations('Sie sagt „Guten Tag“, er “你好”, dann "".') == ['"Guten Tag"', '"你 好"']
