@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parent / "model_loader")]  # for quantised_checks and gguf_on_disk
+sys.path += [str(HERE), str(HERE.parent / "model_loader")]  # for random_weights, quantised_checks, gguf_on_disk
 cli_args = pytest.importorskip("comfy.cli_args", reason="no ComfyUI: set COMFYUI_PATH, or `python3 run.py test`")
 cli_args.args.cpu = True
 
@@ -23,6 +23,7 @@ from pack.model_loader.dit import DiT  # noqa: E402
 from pack.model_loader.load import save_part  # noqa: E402
 from pack.model_loader.text_encoder import TextEncoder  # noqa: E402
 from pack.nodes import files  # noqa: E402
+from random_weights import random_weights  # noqa: E402
 
 DIT = configs.DiTConfig(
     num_layers=4, hidden_size=64, head_dim=16, num_query_groups=2, video_in_channels=192, audio_in_channels=64,
@@ -54,15 +55,6 @@ TOKENIZER = json.dumps({
     },
     "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(WORDS)}, "unk_token": "<unk>"},
 })  # fmt: skip
-
-
-@torch.no_grad()
-def random_weights(network):
-    """Fill a network of core's, whose own start is whatever the memory held."""
-    for name, weight in network.named_parameters():
-        fan_in = weight[0].numel() if weight.ndim > 1 else 1
-        weight.copy_(torch.ones_like(weight) if name.endswith("gamma") else torch.randn_like(weight) * fan_in**-0.5)
-    return network
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from comfy import sd1_clip
 from comfy.text_encoders import qwen35, z_image
-from conftest import random_weights
 from pack.nodes import prompt_enhancer
 from pack.nodes.prompt_enhancer import PromptEnhancer, write
 from pack.nodes.prompt_instructions import EXAMPLE, instructions
 from pack.nodes.prompt_text import NO_BACKGROUND, parts_of, structured_prompt, too_short, word_count
+from random_weights import random_weights
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
