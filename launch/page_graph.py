@@ -13,7 +13,7 @@ LEFT, TOP, GAP, TITLE, ROW = 40, 100, 50, 30, 28
 TEXT_BOX = 100  # what a text of several lines takes more than a row
 NOTICE = 80  # for what a node tells while it runs
 # Height of what a node displays.
-SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260, "LoadAudio": 80, "PreviewAny": 260}
+SHOWS = {"HappyHorseSaveVideo": 400, "LoadImage": 260, "LoadVideo": 290, "LoadAudio": 80, "PreviewAny": 260}
 WIDTH = 340
 WIDTHS = {
     "HappyHorseLoadCheckpoint": 400, "HappyHorseSaveVideo": 420, "HappyHorsePromptBuilder": 440,
@@ -114,7 +114,7 @@ def _page_node(id, order, node, schema, downloads):
         values.append(options.get("default", "") if isinstance(value, list) else value)
         if options.get("control_after_generate") or name == "seed":
             values.append("fixed")
-        if options.get("image_upload"):
+        if options.get("image_upload") or options.get("video_upload"):
             inputs.append({"name": "upload", "type": "IMAGEUPLOAD", "widget": {"name": "upload"}, "link": None})
             values.append("image")
     ours = schema["python_module"] == f"custom_nodes.{PACK_NAME}"

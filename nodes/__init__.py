@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .conditioning import EmptyLatent, FirstImage
 from .decode import Decode, SaveVideo
+from .encode import Encode
 from .extend import Continue, Join
 from .files import add_examples, add_nano_weights
 from .guidance import Guider, NegativePrompt
@@ -18,7 +19,7 @@ from .super_resolution import SuperResolution
 
 NODES = [
     LoadCheckpoint, LoadModel, LoadTextEncoder, LoadVideoVAE, LoadAudioVAE,
-    PromptBuilder, PromptEnhancer, EncodePrompt, NegativePrompt, EmptyLatent, FirstImage, Soundtrack, Sampler,
+    PromptBuilder, PromptEnhancer, EncodePrompt, NegativePrompt, EmptyLatent, FirstImage, Soundtrack, Encode, Sampler,
     SuperResolution, Continue, Join, SamplerSelect, Sigmas, Guider, Speed, Decode, SaveVideo,
 ]  # fmt: skip
 

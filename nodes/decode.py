@@ -11,8 +11,8 @@ from comfy_api.latest import InputImpl, io, ui
 from ..sampler.media import crop_middle, eight_bit
 from ..sampler.mp4 import write_mp4
 from ..sampler.sizes import PIXELS_PER_LATENT, pixel_frames, shown_size
+from .held import PICTURE, SOUND, original
 from .host import require_joint_latent
-from .soundtrack import original_sound
 from .vae import require_audio_vae, require_video_vae
 
 CROPPED = "1920x1088, which 1080p is made at, loses 4 rows above and below and becomes 1920x1080 (upright: columns)."
@@ -23,12 +23,19 @@ def decode_sound(latent, audio_vae):
 
     A driving soundtrack comes back as it was given, at its own rate, and needs no audio VAE.
     """
-    soundtrack = original_sound(latent)
+    _, audio = require_joint_latent(latent).unbind()
+    soundtrack = original(latent, SOUND)
     if soundtrack is not None:
         return soundtrack
-    _, audio = require_joint_latent(latent).unbind()
     waveform = require_audio_vae(audio_vae).decode(audio).movedim(-1, 1)
     return {"waveform": waveform, "sample_rate": audio_vae.audio_sample_rate}
+
+
+def kept_pictures(latent):
+    """Return the pictures of a joint LATENT, IMAGE [F,H,W,3], where they are as they were given; else None."""
+    video, _ = require_joint_latent(latent).unbind()
+    pictures = original(latent, PICTURE)
+    return None if pictures is None else pictures.repeat(video.shape[0], 1, 1, 1)
 
 
 def shown_pixels(video):
@@ -38,9 +45,11 @@ def shown_pixels(video):
 
 def decode_joint(latent, vae, audio_vae):
     """Decode a joint LATENT to IMAGE [frames,H,W,3] in [0,1], cut to the size shown, and AUDIO as `decode_sound`."""
-    video, _ = require_joint_latent(latent).unbind()
-    images = require_video_vae(vae).decode(video).flatten(0, 1)
-    return crop_middle(images, *shown_pixels(video)), decode_sound(latent, audio_vae)
+    images = kept_pictures(latent)
+    if images is None:
+        video, _ = require_joint_latent(latent).unbind()
+        images = crop_middle(require_video_vae(vae).decode(video).flatten(0, 1), *shown_pixels(video))
+    return images, decode_sound(latent, audio_vae)
 
 
 def save_latent(path, latent, vae, audio_vae, metadata):
@@ -86,9 +95,9 @@ class Decode(io.ComfyNode):
                 io.Vae.Input("audio_vae", display_name="audio VAE", tooltip="The audio VAE, from Load HappyHorse."),
             ],
             outputs=[
-                io.Image.Output(tooltip=f"Frames, 25 a second. {CROPPED}"),
+                io.Image.Output(tooltip=f"Frames, 25 a second; pictures that were kept as they were given. {CROPPED}"),
                 io.Audio.Output(
-                    tooltip="Stereo sound at 44100 Hz, at the level the model made it; a driving soundtrack as it was "
+                    tooltip="Stereo sound at 44100 Hz, at the level the model made it; a sound that was kept as it was "
                     "given."
                 ),
             ],
@@ -144,8 +153,11 @@ class SaveVideo(io.ComfyNode):
     @classmethod
     def execute(cls, filename_prefix, latent=None, vae=None, audio_vae=None, images=None, audio=None):
         """Write the file, decoding if need be, and show it."""
+        kept = None if latent is None else kept_pictures(latent)
+        if kept is not None:
+            latent, images, audio = None, kept, decode_sound(latent, audio_vae)
         if latent is not None:
-            width, height = shown_pixels(require_joint_latent(latent).unbind()[0])
+            width, height = shown_pixels(latent["samples"].unbind()[0])
         elif images is not None:
             width, height = images.shape[2], images.shape[1]
         else:

@@ -1,11 +1,15 @@
 """Parts of a joint latent that stay as they are while the rest is sampled: core's noise mask, 0 where held.
 
-Core puts the held values in before every call of the model and takes them out of its answer, for any sampler.
+Core puts the held values in before every call of the model and takes them out of its answer, for any sampler. What such
+a part was encoded from goes along, so that it need not come back through a VAE.
 """
 
 import comfy.nested_tensor
 import torch
 import torch.nn.functional as F
+
+PICTURE, SOUND = 0, 1  # the parts of a joint latent, in order
+ORIGINALS = "happyhorse_originals"  # key in a LATENT: {part: (IMAGE or AUDIO, the latent [1,...] that it became)}
 
 
 def masks(latent):
@@ -28,3 +32,18 @@ def held_latent(video, audio, video_mask, audio_mask):
 def fit_frames(video, frames, value=0.0):
     """Return a video latent or its mask [.,.,T,H,W] with `frames` latent frames: `value` added, or the end cut off."""
     return F.pad(video, (0, 0, 0, 0, 0, frames - video.shape[2]), value=value)
+
+
+def with_original(latent, part, original):
+    """Return the LATENT with what its `part` was encoded from: IMAGE [F,H,W,3] or AUDIO, of the clip's length."""
+    became = latent["samples"].unbind()[part][:1]
+    return {**latent, ORIGINALS: {**latent.get(ORIGINALS, {}), part: (original, became)}}
+
+
+def original(latent, part):
+    """Return what a `part` of a LATENT was encoded from; None if that is not known, or the part has been replaced."""
+    given, became = latent.get(ORIGINALS, {}).get(part, (None, None))
+    now = latent["samples"].unbind()[part]
+    if given is None or now.shape[1:] != became.shape[1:]:
+        return None
+    return given if torch.allclose(now, became.to(now).expand_as(now), atol=1e-3) else None

@@ -78,6 +78,14 @@ def run(guider, function, sigmas, noise, start, seed, noise_mask=None):
     return sampled.to(comfy.model_management.intermediate_device())
 
 
+def remarks(model, start, denoise):
+    """Return what to tell, in a list, of a clip that begins from the joint latents `start`: its size, or emptiness."""
+    video, audio = start.unbind()
+    shape = PIXELS_PER_LATENT * video.shape[4], PIXELS_PER_LATENT * video.shape[3], video.shape[2], audio.shape[2]
+    empty = ["The latent is empty: with denoise below 1 the clip stays grey."] * (denoise < 1 and not video.any())
+    return [*empty, *clip_remarks(model, *shape)]
+
+
 def seed_input():
     """Return the seed's widget."""
     return io.Int.Input(
@@ -105,6 +113,20 @@ def shift_input():
     )
 
 
+def denoise_input():
+    """Return how much of the latent is made anew."""
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip="How much of the latent is made anew, for one from HappyHorse Encode. 1: everything. 0.2 to 0.4 keep "
+        "the motion and the background; from 0.6 on little of either is left.",
+    )
+
+
 class Sampler(io.ComfyNode):
     """The sampler in one node."""
 
@@ -122,7 +144,9 @@ class Sampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model, from Load HappyHorse."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from HappyHorse Prompt or First Image."),
-                io.Latent.Input("latent", tooltip="Size and length, from Empty Latent, Soundtrack or Continue."),
+                io.Latent.Input(
+                    "latent", tooltip="Size and length, from Empty Latent, Soundtrack, Encode or Continue."
+                ),
                 seed_input(),
                 io.Int.Input(
                     "steps",
@@ -140,6 +164,7 @@ class Sampler(io.ComfyNode):
                     "ones do not use it. A first image need not be given to it again.",
                 ),
                 *guidance_inputs(),
+                denoise_input(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="Picture and sound. Connect to HappyHorse Save Video or HappyHorse Decode.")
@@ -149,7 +174,7 @@ class Sampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, latent, seed, steps, shift, negative=None, guidance=BASE_VIDEO_SCALE,
-        late_guidance=BASE_VIDEO_SCALE_LATE, audio_guidance=AUDIO_SCALE,
+        late_guidance=BASE_VIDEO_SCALE_LATE, audio_guidance=AUDIO_SCALE, denoise=1.0,
     ):  # fmt: skip
         """Choose guider, sampler and steps by the model's variant, and run them."""
         variant = require_generator(model).variant
@@ -161,11 +186,10 @@ class Sampler(io.ComfyNode):
         else:
             function, steps, guider = sample_renoise, steps or DISTILL_STEPS, unguided(model, positive)
             told = "distilled, without guidance" + (": negative is not used" if negative is not None else "")
-        video, audio = start.unbind()
-        shape = PIXELS_PER_LATENT * video.shape[4], PIXELS_PER_LATENT * video.shape[3], video.shape[2], audio.shape[2]
-        notice(cls, "\n".join([f"{steps} steps, {told}", *clip_remarks(model, *shape)]))
+        notice(cls, "\n".join([f"{steps} steps, {told}", *remarks(model, start, denoise)]))
         noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
-        sampled = run(guider, function, flow_sigmas(steps, shift), noise, start, seed, latent.get("noise_mask"))
+        sigmas = flow_sigmas(steps, shift, denoise)
+        sampled = run(guider, function, sigmas, noise, start, seed, latent.get("noise_mask"))
         return io.NodeOutput({**latent, "samples": sampled})
 
 
@@ -223,11 +247,12 @@ class Sigmas(io.ComfyNode):
                     "for super-resolution.",
                 ),
                 shift_input(),
+                denoise_input(),
             ],
             outputs=[io.Sigmas.Output(tooltip="Connect to SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, steps, shift):
+    def execute(cls, steps, shift, denoise=1.0):
         """Build the schedule."""
-        return io.NodeOutput(flow_sigmas(steps, shift))
+        return io.NodeOutput(flow_sigmas(steps, shift, denoise))

@@ -5,12 +5,10 @@ from comfy_api.latest import io
 
 from ..sampler.sizes import FPS, TRAINED_SECONDS, video_length
 from ..sampler.soundtrack import at_encoder_rate, covering_frames, fit_sound, mono
-from .held import fit_frames, held_latent, masks
+from .held import SOUND, fit_frames, held_latent, masks, with_original
 from .host import require_joint_latent
 from .notice import notice
 from .vae import require_audio_vae
-
-SOUNDTRACK = "happyhorse_soundtrack"  # key in a LATENT: {"audio": AUDIO of the clip's length, "latent": what it became}
 
 
 def with_soundtrack(latent, audio_vae, audio):
@@ -27,19 +25,7 @@ def with_soundtrack(latent, audio_vae, audio):
         fit_frames(video_mask, video_length(frames), 1.0) if video_mask.ndim == 5 else video_mask,
         torch.zeros_like(sound[:, :1]),
     )
-    return {**latent, **held, SOUNDTRACK: {"audio": {"waveform": waveform, "sample_rate": rate}, "latent": sound}}
-
-
-def original_sound(latent):
-    """Return the AUDIO that the sound of a LATENT was encoded from; None if there is none, or it has been replaced."""
-    soundtrack = latent.get(SOUNDTRACK)
-    if soundtrack is None:
-        return None
-    _, audio = require_joint_latent(latent).unbind()
-    sound = soundtrack["latent"].to(audio)
-    if audio.shape[1:] != sound.shape[1:] or not torch.allclose(audio, sound.expand_as(audio), atol=1e-3):
-        return None
-    return soundtrack["audio"]
+    return with_original({**latent, **held}, SOUND, {"waveform": waveform, "sample_rate": rate})
 
 
 class Soundtrack(io.ComfyNode):

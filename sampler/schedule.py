@@ -16,12 +16,17 @@ def _exact_sigmas(steps, shift):
     return [shift * u / (1 + (shift - 1) * u) for u in uniform]
 
 
-def flow_sigmas(steps, shift=DEFAULT_SHIFT):
+def flow_sigmas(steps, shift=DEFAULT_SHIFT, denoise=1.0):
     """Return the noise levels of `steps` steps and the final 0: fp32 [steps + 1], falling from 0.9998 (for shift 5).
 
-    steps: 1 or more (published: 8 distill, 32 base, 5 super-resolution); shift: positive. ValueError otherwise.
+    steps: 1 or more (published: 8 distill, 32 base, 5 super-resolution); shift: positive. denoise: above 0 and up to 1,
+    the last part of a longer schedule, as core's KSampler takes it: steps / denoise, rounded down, of which the last
+    `steps` are left. ValueError otherwise.
     """
-    return torch.tensor([*_exact_sigmas(steps, shift), 0.0], dtype=torch.float32)
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise is {denoise}; expected above 0 and up to 1")
+    levels = _exact_sigmas(int(steps / denoise), shift)[-steps:]
+    return torch.tensor([*levels, 0.0], dtype=torch.float32)
 
 
 def flow_timesteps(steps, shift=DEFAULT_SHIFT):

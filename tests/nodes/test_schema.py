@@ -13,7 +13,7 @@ IDS = {
     "HappyHorseSampler", "HappyHorseSamplerSelect", "HappyHorseSigmas", "HappyHorseDecode", "HappyHorseSaveVideo",
     "HappyHorseGuider", "HappyHorseNegativePrompt", "HappyHorseSoundtrack", "HappyHorseSuperResolution",
     "HappyHorseContinue", "HappyHorseJoin",
-    "HappyHorsePromptBuilder", "HappyHorsePromptEnhancer",
+    "HappyHorsePromptBuilder", "HappyHorsePromptEnhancer", "HappyHorseEncode",
 }  # fmt: skip
 
 

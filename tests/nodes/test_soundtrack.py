@@ -9,9 +9,10 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_lt
 from pack.nodes.conditioning import FirstImage
 from pack.nodes.decode import Decode, SaveVideo
+from pack.nodes.held import SOUND, original
 from pack.nodes.host import FIRST_IMAGE
 from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas
-from pack.nodes.soundtrack import SOUNDTRACK, Soundtrack
+from pack.nodes.soundtrack import Soundtrack
 
 SEED = 3
 
@@ -38,7 +39,7 @@ def test_whole_groups_of_pictures_cover_the_sound(loaded, latent, notices, secon
     made = driven(loaded, latent, audio)
     video, sound = made["samples"].unbind()
     assert video.shape == (1, 48, (frames + 3) // 4, 2, 4) and sound.shape == (1, 64, frames)
-    kept = made[SOUNDTRACK]["audio"]
+    kept = original(made, SOUND)
     samples = audio["waveform"].shape[-1]
     assert kept["sample_rate"] == rate and kept["waveform"].shape[-1] == frames * rate // 25 >= samples
     assert torch.equal(kept["waveform"][..., :samples], audio["waveform"])
@@ -96,7 +97,7 @@ def test_every_sampler_honours_it(loaded, prompt, soundtrack, sampler, tolerance
     made = custom.SamplerCustomAdvanced.execute(noise, guider, chosen.args[0], sigmas, soundtrack).args[0]
     kept, sound = made["samples"].unbind()[1], soundtrack["samples"].unbind()[1]
     torch.testing.assert_close(kept, sound, atol=tolerance, rtol=tolerance)
-    assert Decode.execute(made, *loaded[2:]).args[1] is made[SOUNDTRACK]["audio"]
+    assert Decode.execute(made, *loaded[2:]).args[1] is original(made, SOUND)
 
 
 def test_it_drives_the_picture_and_goes_with_a_first_image(loaded, prompt, latent, soundtrack):
@@ -146,7 +147,7 @@ def test_the_file_holds_the_original_sound_and_not_the_vaes(loaded, soundtrack):
         pictures = container.streams.video[0].frames
     sound = np.concatenate([frame.to_ndarray() for frame in frames], axis=1)[0]
     assert stream.rate == 48000 and pictures == 13
-    given = soundtrack[SOUNDTRACK]["audio"]["waveform"][0, 0].numpy()
+    given = original(soundtrack, SOUND)["waveform"][0, 0].numpy()
     start = frames[0].pts
     middle = slice(4000, 20000)
     error = sound[middle.start - start : middle.stop - start] - given[middle]

@@ -34,3 +34,12 @@ def test_bad_requests_say_what_was_expected():
         flow_sigmas(0)
     with pytest.raises(ValueError, match="shift is -1"):
         flow_sigmas(8, -1)
+
+
+def test_denoise_takes_the_end_of_a_longer_schedule():
+    torch.testing.assert_close(flow_sigmas(4, 5.0, 0.5), flow_sigmas(8)[4:])
+    assert torch.equal(flow_sigmas(8, 5.0, 0.3), flow_sigmas(26)[18:])
+    assert torch.equal(flow_sigmas(8, 5.0, 1.0), flow_sigmas(8))
+    for denoise in (0, 1.1, -0.5):
+        with pytest.raises(ValueError, match=f"denoise is {denoise}; expected above 0 and up to 1"):
+            flow_sigmas(8, 5.0, denoise)

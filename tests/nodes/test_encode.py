@@ -1,0 +1,191 @@
+"""A video as the start of a clip: its length and rate, changed in part (denoise), its picture or its sound kept."""
+
+import av
+import comfy.samplers
+import comfy.utils
+import numpy as np
+import pytest
+import torch
+from comfy_extras import nodes_custom_sampler as custom
+from pack.nodes.conditioning import EmptyLatent
+from pack.nodes.decode import Decode, SaveVideo
+from pack.nodes.encode import Encode, at_25
+from pack.nodes.held import PICTURE, original
+from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas
+from pack.sampler.schedule import flow_sigmas
+from pack.sampler.soundtrack import at_encoder_rate
+
+SEED = 3
+
+
+def video(frames, rate=44100, height=32, width=64, seconds=None, seed=0):
+    """Pictures at 25 a second and their sound."""
+    random = torch.Generator().manual_seed(seed)
+    samples = round((seconds or frames / 25) * rate)
+    sound = {"waveform": torch.rand(1, 2, samples, generator=random) - 0.5, "sample_rate": rate}
+    return torch.rand(frames, height, width, 3, generator=random), sound
+
+
+def encoded(loaded, latent, images, audio=None, frame_rate=25.0, keep="nothing"):
+    return Encode.execute(latent, images, *loaded[2:], audio, frame_rate, keep).args[0]
+
+
+def sampled(loaded, prompt, latent, denoise=1.0, seed=SEED, steps=4):
+    return Sampler.execute(loaded[0], prompt, latent, seed, steps, 5.0, denoise=denoise).args[0]
+
+
+def masks(latent):
+    return [[*part.unique().tolist()] for part in latent["noise_mask"].unbind()]
+
+
+def test_picture_and_sound_are_those_of_the_vaes(loaded, latent):
+    images, audio = video(9)
+    made = encoded(loaded, latent, images, audio)
+    picture, sound = made["samples"].unbind()
+    assert picture.shape == (1, 48, 3, 2, 4) and sound.shape == (1, 64, 9) and masks(made) == [[1], [1]]
+    assert torch.equal(picture, loaded[2].encode(images))
+    assert torch.equal(sound, loaded[3].encode_soundtrack(at_encoder_rate(audio["waveform"], 9)))
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds", "taken", "told"),
+    [
+        (9, 0.4, 9, "9 pictures, 0.36 s"),
+        (11, 0.4, 9, "9 pictures, 0.36 s"),
+        (30, 0.4, 9, "9 pictures, 0.36 s: the latent has no room for the other 21 of the video."),
+        (6, 0.4, 5, "5 pictures, 0.20 s: the video has no more, the latent room for 9."),
+        (1, 0.4, 1, "1 pictures, 0.04 s: the video has no more, the latent room for 9."),
+    ],
+)
+def test_length_is_the_shorter_ones_in_groups_of_4(loaded, notices, frames, seconds, taken, told):
+    empty = EmptyLatent.execute({"size": "custom", "width": 64, "height": 32}, seconds).args[0]
+    picture, sound = encoded(loaded, empty, *video(frames))["samples"].unbind()
+    assert picture.shape[2] == (taken + 3) // 4 and sound.shape[2] == taken
+    assert notices == [told]
+
+
+def test_other_frame_rates_keep_their_speed():
+    numbered = torch.arange(60.0)[:, None, None, None].expand(-1, 2, 2, 3)
+    shown = {rate: at_25(numbered, rate)[:, 0, 0, 0] for rate in (25.0, 50.0, 30.0, 24.0, 12.5, 29.97)}
+    assert at_25(numbered, 25.0) is numbered
+    assert shown[50.0].tolist() == list(range(0, 60, 2))
+    assert shown[12.5].tolist()[:5] == [0, 0, 1, 2, 2] and len(shown[12.5]) == 120
+    for rate, numbers in shown.items():
+        assert len(numbers) == int(60 * 25 / rate)
+        assert (numbers / rate - torch.arange(len(numbers)) / 25).abs().max() <= 0.5 / rate + 1e-6
+
+
+def test_another_shape_is_cut_and_resized_by_core(loaded, latent):
+    images, audio = video(9, height=90, width=120)
+    picture, _ = encoded(loaded, latent, images, audio)["samples"].unbind()
+    resized = comfy.utils.common_upscale(images.movedim(-1, 1), 64, 32, "lanczos", "center").movedim(1, -1)
+    assert torch.equal(picture, loaded[2].encode(resized))
+    with_alpha = torch.cat([images, images[..., :1]], dim=-1)
+    assert torch.equal(encoded(loaded, latent, with_alpha, audio)["samples"].unbind()[0], picture)
+
+
+def test_a_kept_picture_comes_back_as_it_was_and_the_sound_is_new(loaded, prompt, latent):
+    images, audio = video(9, height=90, width=120)
+    kept = encoded(loaded, latent, images, audio, keep="picture")
+    assert masks(kept) == [[0], [1]]
+    first, second = (sampled(loaded, prompt, kept, seed=seed) for seed in (1, 2))
+    shown, heard = Decode.execute(first, *loaded[2:]).args
+    assert torch.equal(shown, images)
+    assert torch.equal(first["samples"].unbind()[0], kept["samples"].unbind()[0])
+    assert not torch.equal(heard["waveform"], Decode.execute(second, *loaded[2:]).args[1]["waveform"])
+    other, _ = video(9, seed=7)
+    unlike = sampled(loaded, prompt, encoded(loaded, latent, other, audio, keep="picture"), seed=1)
+    assert not torch.equal(unlike["samples"].unbind()[1], first["samples"].unbind()[1]), "the picture drives the sound"
+
+
+def test_the_file_has_the_kept_pictures_at_their_own_size(loaded, prompt, latent):
+    ramp = torch.linspace(0, 1, 120).expand(9, 90, 120)[..., None].expand(-1, -1, -1, 3)
+    made = sampled(loaded, prompt, encoded(loaded, latent, ramp, keep="picture"))
+    file = SaveVideo.execute("kept", latent=made, vae=loaded[2], audio_vae=loaded[3]).args[0]
+    with av.open(file.get_stream_source()) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.audio
+    assert len(frames) == 9 and frames[0].shape == (90, 120, 3)
+    assert np.abs(frames[4] / 255 - ramp[4].numpy()).mean() < 0.02
+
+
+def test_a_changed_picture_is_decoded(loaded, latent):
+    images, audio = video(9)
+    kept = encoded(loaded, latent, images, audio, keep="picture")
+    assert original(kept, PICTURE) is not None
+    picture, sound = kept["samples"].unbind()
+    changed = {**kept, "samples": type(kept["samples"])((picture + 0.1, sound))}
+    assert original(changed, PICTURE) is None
+    assert not torch.equal(Decode.execute(changed, *loaded[2:]).args[0], images)
+
+
+@pytest.mark.parametrize("rate", [44100, 8000, 44101, 22049])
+def test_a_kept_sound_comes_back_as_it_was(loaded, prompt, latent, rate):
+    images, audio = video(9, rate=rate, seconds=2.0)
+    made = sampled(loaded, prompt, encoded(loaded, latent, images, audio, keep="sound"))
+    assert [part.shape[2] for part in made["samples"].unbind()] == [3, 9]
+    heard = Decode.execute(made, *loaded[2:]).args[1]
+    length = heard["waveform"].shape[-1]
+    assert heard["sample_rate"] == rate and 9 * rate // 25 <= length <= 9 * rate // 25 + 1
+    same = audio["waveform"][..., : 9 * rate // 25]
+    assert torch.equal(heard["waveform"][..., : 9 * rate // 25], same)
+
+
+def test_without_sound_there_is_silence_and_none_to_keep(loaded, latent):
+    images, _ = video(9)
+    silence = {"waveform": torch.zeros(1, 1, 100), "sample_rate": 8000}
+    without, silent = (encoded(loaded, latent, images, audio)["samples"].unbind()[1] for audio in (None, silence))
+    torch.testing.assert_close(without, silent)
+    with pytest.raises(ValueError, match="There is no sound to keep: the video has none. Connect audio"):
+        encoded(loaded, latent, images, keep="sound")
+
+
+def test_a_batch_of_clips_begins_alike(loaded, prompt, latent):
+    parts = (part.repeat(2, *[1] * (part.ndim - 1)) for part in latent["samples"].unbind())
+    images, audio = video(9)
+    kept = encoded(loaded, {"samples": type(latent["samples"])(tuple(parts))}, images, audio, keep="picture")
+    assert [part.shape[0] for part in kept["samples"].unbind()] == [2, 2]
+    assert torch.equal(Decode.execute(sampled(loaded, prompt, kept), *loaded[2:]).args[0], images.repeat(2, 1, 1, 1))
+
+
+def test_less_denoise_stays_nearer(loaded, prompt, latent):
+    start = encoded(loaded, latent, *video(9))
+    off = [
+        [(a - b).std().item() for a, b in zip(made["samples"].unbind(), start["samples"].unbind(), strict=True)]
+        for made in (sampled(loaded, prompt, start, denoise) for denoise in (0.05, 0.3, 1.0))
+    ]
+    assert off[0][0] < off[1][0] < off[2][0] and off[0][1] < off[1][1] < off[2][1]
+
+
+def test_denoise_1_does_not_see_the_start(loaded, prompt, latent):
+    one, other = (sampled(loaded, prompt, encoded(loaded, latent, *video(9, seed=seed))) for seed in (0, 1))
+    assert all(torch.equal(*pair) for pair in zip(one["samples"].unbind(), other["samples"].unbind(), strict=True))
+
+
+@pytest.mark.parametrize("denoise", [0.3, 0.75, 1.0])
+def test_the_levels_are_those_of_cores_ksampler(loaded, denoise):
+    core = comfy.samplers.KSampler(loaded[0], 8, "cpu", "euler", "simple", denoise)
+    level = 5e-3  # core's `simple` takes the nearest of a thousand, which are so far apart towards 0
+    torch.testing.assert_close(core.sigmas.float(), flow_sigmas(8, 5.0, denoise), atol=level, rtol=0)
+
+
+def test_sampler_custom_advanced_does_the_same(loaded, prompt, latent):
+    start = encoded(loaded, latent, *video(9))
+    sigmas = Sigmas.execute(4, 5.0, 0.4).args[0]
+    guider, noise = custom.BasicGuider.execute(loaded[0], prompt).args[0], custom.RandomNoise.execute(SEED).args[0]
+    theirs = custom.SamplerCustomAdvanced.execute(noise, guider, SamplerSelect.execute().args[0], sigmas, start).args[0]
+    ours = sampled(loaded, prompt, start, 0.4)
+    assert all(torch.equal(*pair) for pair in zip(ours["samples"].unbind(), theirs["samples"].unbind(), strict=True))
+
+
+def test_an_empty_latent_with_less_denoise_is_told(loaded, prompt, latent, notices):
+    sampled(loaded, prompt, latent, 0.5)
+    sampled(loaded, prompt, latent, 1.0)
+    sampled(loaded, prompt, encoded(loaded, latent, *video(9)), 0.5)
+    grey = "The latent is empty: with denoise below 1 the clip stays grey."
+    assert [grey in told for told in notices] == [True, False, False, False]
+
+
+def test_a_latent_without_sound_is_refused(loaded):
+    with pytest.raises(ValueError, match="no sound, expected a joint one"):
+        encoded(loaded, {"samples": torch.zeros(1, 48, 3, 2, 4)}, *video(9))
