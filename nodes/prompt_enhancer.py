@@ -9,7 +9,7 @@ from .clip import PromptEncoder
 from .conditioning import MAX_SECONDS, MIN_SECONDS
 from .notice import notice
 from .prompt_instructions import instructions
-from .prompt_text import LANGUAGES, parts_of, quotations, structured_prompt, too_short, word_count
+from .prompt_text import FEWEST_WORDS, LANGUAGES, parts_of, quotations, structured_prompt, word_count
 
 LANGUAGE_MODEL = (
     "Connect core's Load CLIP with a language model for chat, such as qwen3.5_4b_bf16.safetensors (it sees pictures "
@@ -96,8 +96,7 @@ class PromptEnhancer(io.ComfyNode):
         answer = write(language_model, request, image, seed, temperature, max_tokens)
         description, speeches, background = parts_of(answer, quotations(idea))
         prompt = structured_prompt(description, speeches, background)
-        words = word_count(prompt)
-        told = [too_short(words) or f"{words} words", *left_out(prompt, idea), *unknown_languages(speeches)]
+        told = [length(prompt), *left_out(prompt, idea), *unknown_languages(speeches)]
         notice(cls, "\n".join(told))
         return io.NodeOutput(prompt)
 
@@ -144,6 +143,13 @@ def require_language_model(clip):
     if model is None or not any(isinstance(module, BaseGenerate) for module in model.modules()):
         raise ValueError(f"This CLIP writes no text. {LANGUAGE_MODEL}.")
     return clip
+
+
+def length(prompt):
+    """Return what to tell about a prompt's length."""
+    words = word_count(prompt)
+    enough = words >= FEWEST_WORDS
+    return f"{words} words" + ("" if enough else ", where 150 to 200 are wanted. Try another seed or a larger model.")
 
 
 def left_out(prompt, idea):

@@ -112,7 +112,8 @@ def too_short(words):
         return ""
     return (
         f"The description has {words} words; full-size models want 150 to 200 and give ghost images below about "
-        f"{FEWEST_WORDS}. Describe appearance, face, voice, light and camera, in English."
+        f"{FEWEST_WORDS}. Describe appearance, face, voice, light and camera, in English; HappyHorse Prompt Enhancer "
+        "does it from a short idea."
     )
 
 
