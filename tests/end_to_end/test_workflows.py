@@ -1,6 +1,7 @@
 """The shipped workflows: page graphs are written from their API twins, fit the schemas, say which files they want."""
 
 import json
+import mimetypes
 import re
 import urllib.request
 
@@ -89,6 +90,12 @@ def test_every_workflow_has_its_picture(name):
         drawn = np.asarray(thumbnail(name, page_graph(name)).convert("L"), float)
         assert np.abs(shown - drawn).mean() < 3, "run `python3 run.py workflows`"
     assert shown.std() > 10
+
+
+def test_examples_are_known_to_every_python():
+    """ComfyUI lists by MIME type what may be loaded; Python knows .flac only where the system tells it."""
+    known = mimetypes.MimeTypes(filenames=())
+    assert all(known.guess_type(path.name)[0] for path in (WORKFLOWS / "input").iterdir())
 
 
 @pytest.mark.parametrize("name", NAMES)
