@@ -1,9 +1,10 @@
 """A finished clip as the start of another one: to be made anew in part, or with its picture or its sound held."""
 
-import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
 
+from ..sampler.media import crop_middle
 from ..sampler.sizes import FPS, PIXELS_PER_LATENT, pixel_frames, video_length
 from ..sampler.soundtrack import at_encoder_rate, fit_sound, stereo
 from .held import PICTURE, held_latent, with_original
@@ -13,44 +14,58 @@ from .soundtrack import with_soundtrack
 from .vae import require_audio_vae, require_video_vae
 
 NOTHING, KEEP_PICTURE, KEEP_SOUND = "nothing", "picture", "sound"
+PIECE = 16  # pictures resized at a time
 
 
-def at_25(images, frame_rate):
-    """Return IMAGE [F,H,W,C] of `frame_rate` a second at 25: each picture the nearest in time, none blended."""
+def at_25(images, frame_rate, most):
+    """Return (the first pictures at 25 a second, up to `most`; how many the whole would have).
+
+    images: IMAGE [F,H,W,C] of `frame_rate` a second. Each picture is the nearest in time, none is blended.
+    """
     count = max(1, int(images.shape[0] * FPS / frame_rate))
-    times = (torch.arange(count) * frame_rate / FPS).round().long().clamp(max=images.shape[0] - 1)
-    return images if torch.equal(times, torch.arange(images.shape[0])) else images[times]
+    times = (torch.arange(min(count, most)) * frame_rate / FPS).round().long().clamp(max=images.shape[0] - 1)
+    all_of_them = torch.equal(times, torch.arange(len(times)))  # no copy then: videos may be large
+    return images[: len(times)] if all_of_them else images[times], count
 
 
 def resized(images, height, width):
-    """Return IMAGE [F,H,W,3] cut to the ratio in the middle and resized by core's Lanczos; as it is at that size."""
+    """Return IMAGE [F,H,W,3] cut to the ratio in the middle, bicubic without aliasing; itself at that size.
+
+    A sixth of the time that core's Lanczos takes, which goes through PIL: 9 ms for a picture of 1080p on a core.
+    """
     if images.shape[1:3] == (height, width):
         return images
-    return comfy.utils.common_upscale(images.movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
+    shrink = max(height / images.shape[1], width / images.shape[2])
+    across, down = min(round(width / shrink), images.shape[2]), min(round(height / shrink), images.shape[1])
+    images = crop_middle(images, across, down)
+    pieces = (piece.movedim(-1, 1) for piece in images.split(PIECE))
+    small = [F.interpolate(piece, (height, width), mode="bicubic", antialias=True) for piece in pieces]
+    return torch.cat(small).movedim(1, -1).clamp(0, 1)
 
 
 def encode_clip(latent, images, audio, vae, audio_vae, keep):
-    """Return the LATENT of a clip at the size of `latent` and no longer than it.
+    """Return the LATENT of a clip at the size and in the batch of `latent`.
 
     images: IMAGE [F,H,W,C] at 25 a second; audio: AUDIO or None for silence; keep: NOTHING, KEEP_PICTURE or
     KEEP_SOUND. ValueError where there is no sound to keep.
     """
-    video, sound = require_joint_latent(latent).unbind()
+    video, _ = require_joint_latent(latent).unbind()
     if keep == KEEP_SOUND and audio is None:
         raise ValueError("There is no sound to keep: the video has none. Connect audio, or keep nothing.")
-    frames = pixel_frames(video_length(min(images.shape[0], sound.shape[2])))
+    frames = pixel_frames(video_length(images.shape[0]))
     images = images[:frames, ..., :3]
     height, width = (PIXELS_PER_LATENT * side for side in video.shape[3:])
     video = vae.encode(resized(images, height, width)).to(video).expand(video.shape[0], -1, -1, -1, -1)
     audio = audio or {"waveform": torch.zeros(1, 2, frames), "sample_rate": FPS}
     rate = audio["sample_rate"]
     waveform = fit_sound(stereo(audio["waveform"][:1]), rate, frames)
-    sound = audio_vae.encode_soundtrack(at_encoder_rate(waveform, frames)).to(video).expand(video.shape[0], -1, -1)
-    masks = [torch.ones_like(part[:1, :1]) for part in (video, sound)]
-    masks[PICTURE] *= keep != KEEP_PICTURE
-    encoded = held_latent(video, sound, *masks)
+    masks = [torch.ones_like(video[:1, :1]), video.new_ones(1, 1, frames)]
     if keep == KEEP_SOUND:  # one sample less where a rate is no multiple of 25, so that the same frames cover it
-        return with_soundtrack(encoded, audio_vae, {**audio, "waveform": waveform[..., : frames * rate // FPS]})
+        unheard = held_latent(video, video.new_zeros(1, 64, frames), *masks)
+        return with_soundtrack(unheard, audio_vae, {**audio, "waveform": waveform[..., : frames * rate // FPS]})
+    masks[PICTURE] *= keep != KEEP_PICTURE
+    sound = audio_vae.encode_soundtrack(at_encoder_rate(waveform, frames)).to(video).expand(video.shape[0], -1, -1)
+    encoded = held_latent(video, sound, *masks)
     return with_original(encoded, PICTURE, images) if keep == KEEP_PICTURE else encoded
 
 
@@ -126,8 +141,8 @@ class Encode(io.ComfyNode):
     @classmethod
     def execute(cls, latent, images, vae, audio_vae, audio=None, frame_rate=25.0, keep=NOTHING):
         """Bring the video to 25 pictures a second, encode it, tell its length."""
-        images = at_25(images, frame_rate)
+        room = pixel_frames(video_length(require_joint_latent(latent).unbind()[1].shape[2]))
+        images, given = at_25(images, frame_rate, room)
         encoded = encode_clip(latent, images, audio, require_video_vae(vae), require_audio_vae(audio_vae), keep)
-        room = pixel_frames(video_length(latent["samples"].unbind()[1].shape[2]))
-        notice(cls, remarks(encoded["samples"].unbind()[1].shape[2], images.shape[0], room))
+        notice(cls, remarks(encoded["samples"].unbind()[1].shape[2], given, room))
         return io.NodeOutput(encoded)

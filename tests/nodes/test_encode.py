@@ -9,7 +9,7 @@ import torch
 from comfy_extras import nodes_custom_sampler as custom
 from pack.nodes.conditioning import EmptyLatent
 from pack.nodes.decode import Decode, SaveVideo
-from pack.nodes.encode import Encode, at_25
+from pack.nodes.encode import Encode, at_25, resized
 from pack.nodes.held import PICTURE, original
 from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas
 from pack.sampler.schedule import flow_sigmas
@@ -66,20 +66,45 @@ def test_length_is_the_shorter_ones_in_groups_of_4(loaded, notices, frames, seco
 
 def test_other_frame_rates_keep_their_speed():
     numbered = torch.arange(60.0)[:, None, None, None].expand(-1, 2, 2, 3)
-    shown = {rate: at_25(numbered, rate)[:, 0, 0, 0] for rate in (25.0, 50.0, 30.0, 24.0, 12.5, 29.97)}
-    assert at_25(numbered, 25.0) is numbered
+    at = {rate: at_25(numbered, rate, 200) for rate in (25.0, 50.0, 30.0, 24.0, 12.5, 29.97)}
+    shown = {rate: images[:, 0, 0, 0] for rate, (images, _) in at.items()}
     assert shown[50.0].tolist() == list(range(0, 60, 2))
     assert shown[12.5].tolist()[:5] == [0, 0, 1, 2, 2] and len(shown[12.5]) == 120
     for rate, numbers in shown.items():
-        assert len(numbers) == int(60 * 25 / rate)
+        assert len(numbers) == at[rate][1] == int(60 * 25 / rate)
         assert (numbers / rate - torch.arange(len(numbers)) / 25).abs().max() <= 0.5 / rate + 1e-6
 
 
-def test_another_shape_is_cut_and_resized_by_core(loaded, latent):
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (64, 128), (200, 90), (33, 65), (16, 40)])
+def test_another_shape_is_cut_in_the_middle_and_resized(height, width):
+    """Waves a few pixels long come out as core's Lanczos gives them; a chequerboard, which has no room, even grey."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    waves = 0.5 + 0.25 * torch.stack([(x / 9).sin() + (y / 7).cos(), (y / 11).sin(), (x / 8).cos()], dim=-1)
+    images = waves.expand(20, -1, -1, -1)
+    ours = resized(images, 32, 64)
+    theirs = comfy.utils.common_upscale(images.movedim(-1, 1), 64, 32, "lanczos", "center").movedim(1, -1)
+    assert ours.shape == (20, 32, 64, 3) and (ours - theirs).abs()[:, 2:-2, 2:-2].max() < 0.04
+    if height > 64:
+        fine = ((x + y) % 2).float()[None, ..., None].expand(1, -1, -1, 3)
+        assert (resized(fine, 32, 64) - 0.5).abs()[:, 2:-2, 2:-2].max() < 0.1
+
+
+@pytest.mark.parametrize("rate", [25.0, 30.0])
+def test_what_a_long_video_has_too_much_is_not_copied(rate):
+    endless = torch.zeros(1, 2, 2, 3).expand(10**9, -1, -1, -1)
+    images, count = at_25(endless, rate, 9)
+    assert images.shape[0] == 9 and count == int(10**9 * 25 / rate)
+
+
+def test_the_right_size_stays_as_it_is():
+    images = torch.rand(3, 32, 64, 3)
+    assert resized(images, 32, 64) is images
+
+
+def test_the_network_sees_the_resized_pictures(loaded, latent):
     images, audio = video(9, height=90, width=120)
     picture, _ = encoded(loaded, latent, images, audio)["samples"].unbind()
-    resized = comfy.utils.common_upscale(images.movedim(-1, 1), 64, 32, "lanczos", "center").movedim(1, -1)
-    assert torch.equal(picture, loaded[2].encode(resized))
+    assert torch.equal(picture, loaded[2].encode(resized(images, 32, 64)))
     with_alpha = torch.cat([images, images[..., :1]], dim=-1)
     assert torch.equal(encoded(loaded, latent, with_alpha, audio)["samples"].unbind()[0], picture)
 
