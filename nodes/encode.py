@@ -69,12 +69,18 @@ def encode_clip(latent, images, audio, vae, audio_vae, keep):
     return with_original(encoded, PICTURE, images) if keep == KEEP_PICTURE else encoded
 
 
-def remarks(frames, given, room):
-    """Return what to tell of a clip's length: `frames` of the `given` pictures were taken, where `room` would fit."""
+def remarks(frames, given, room, heard):
+    """Return what to tell of a clip's length: `frames` of the `given` pictures were taken, where `room` would fit.
+
+    heard: seconds of a sound that is kept, 0 if none is.
+    """
     told = f"{frames} pictures, {frames / FPS:.2f} s"
     if given > frames + 3:
-        return f"{told}: the latent has no room for the other {given - frames} of the video."
-    return f"{told}: the video has no more, the latent room for {room}." if room > frames + 3 else told
+        told += f": the latent has no room for the other {given - frames} of the video."
+    elif room > frames + 3:
+        told += f": the video has no more, the latent room for {room}."
+    cut = heard - frames / FPS
+    return told + (f"\n{cut:.2f} s of the sound are cut off." if cut > 4 / FPS else "")
 
 
 class Encode(io.ComfyNode):
@@ -88,8 +94,16 @@ class Encode(io.ComfyNode):
             display_name="HappyHorse Encode",
             category="HappyHorse",
             description="Makes the latent of a video you have: to change it by a prompt (denoise below 1 in HappyHorse "
-            "Sampler), to give it a new sound, or a new picture to its sound.",
-            search_aliases=["happyhorse video to video", "v2v", "video to audio", "foley", "restyle", "vae encode"],
+            "Sampler), to give it a new sound, or other words, or a new picture to its sound.",
+            search_aliases=[
+                "happyhorse video to video",
+                "v2v",
+                "video to audio",
+                "foley",
+                "dub",
+                "lip sync",
+                "vae encode",
+            ],
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Latent.Input(
@@ -111,8 +125,8 @@ class Encode(io.ComfyNode):
                 io.Audio.Input(
                     "audio",
                     optional=True,
-                    tooltip="The video's sound, of any rate, cut or filled with silence to the pictures' length; "
-                    "without it, silence.",
+                    tooltip="The video's sound, or another that it is to follow, of any rate; cut or filled with "
+                    "silence to the pictures' length. Without it, silence.",
                 ),
                 io.Float.Input(
                     "frame_rate",
@@ -127,8 +141,8 @@ class Encode(io.ComfyNode):
                     "keep",
                     options=[NOTHING, KEEP_PICTURE, KEEP_SOUND],
                     default=NOTHING,
-                    tooltip="picture: stays as it is, for a new sound to it. sound: stays as it is, for a new picture "
-                    "to it. nothing: both change, as much as denoise says.",
+                    tooltip="picture: stays as it is, for a new sound to it. sound: stays as it is, and the picture "
+                    "follows it, as much as denoise says. nothing: both change, as much as denoise says.",
                 ),
             ],
             outputs=[
@@ -144,5 +158,6 @@ class Encode(io.ComfyNode):
         room = pixel_frames(video_length(require_joint_latent(latent).unbind()[1].shape[2]))
         images, given = at_25(images, frame_rate, room)
         encoded = encode_clip(latent, images, audio, require_video_vae(vae), require_audio_vae(audio_vae), keep)
-        notice(cls, remarks(encoded["samples"].unbind()[1].shape[2], given, room))
+        heard = audio["waveform"].shape[-1] / audio["sample_rate"] if keep == KEEP_SOUND else 0
+        notice(cls, remarks(encoded["samples"].unbind()[1].shape[2], given, room, heard))
         return io.NodeOutput(encoded)

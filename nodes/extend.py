@@ -46,7 +46,7 @@ def continuation(images, audio, vae, audio_vae, seconds, overlap):
     sound = last_sound(audio, images.shape[0], overlap, audio_vae)
     video_mask, sound_mask = (torch.zeros_like(part[:, :1]) for part in (video, sound))
     return held_latent(
-        fit_frames(video, video_length(frames)),
+        fit_frames(video, video_length(frames), 0.0),
         torch.nn.functional.pad(sound, (0, frames - overlap)),
         fit_frames(video_mask, video_length(frames), 1.0),
         torch.nn.functional.pad(sound_mask, (0, frames - overlap), value=1.0),

@@ -6,7 +6,6 @@ a part was encoded from goes along, so that it need not come back through a VAE.
 
 import comfy.nested_tensor
 import torch
-import torch.nn.functional as F
 
 PICTURE, SOUND = 0, 1  # the parts of a joint latent, in order
 ORIGINALS = "happyhorse_originals"  # key in a LATENT: {part: (IMAGE or AUDIO, the latent [1,...] that it became)}
@@ -29,9 +28,16 @@ def held_latent(video, audio, video_mask, audio_mask):
     }
 
 
-def fit_frames(video, frames, value=0.0):
-    """Return a video latent or its mask [.,.,T,H,W] with `frames` latent frames: `value` added, or the end cut off."""
-    return F.pad(video, (0, 0, 0, 0, 0, frames - video.shape[2]), value=value)
+def fit_frames(video, frames, value=None):
+    """Return a video latent or its mask [.,.,T,H,W] with `frames` latent frames, the end cut off or frames added.
+
+    value: what is added; None repeats the last frame, which leaves an empty latent empty.
+    """
+    missing = frames - video.shape[2]
+    if missing <= 0:
+        return video[:, :, :frames]
+    last = video[:, :, -1:] if value is None else torch.full_like(video[:, :, -1:], value)
+    return torch.cat([video, last.expand(-1, -1, missing, -1, -1)], dim=2)
 
 
 def with_original(latent, part, original):

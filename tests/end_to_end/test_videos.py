@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from pack.launch.demo import clip_path
 from pack.launch.workflows import WORKFLOWS, twin_path
-from pack.nano.measure import find_tones, matched, observe, read_clip
+from pack.nano.measure import find_tones, matched, observe, pearson, read_clip
 
 EXAMPLE = WORKFLOWS / "input" / "happyhorse_nano_clip.mp4"
+SPEAKER = EXAMPLE.with_name("happyhorse_nano_speaker.mp4")
 
 
 def made_by(name, client, server, **sampler):
@@ -46,3 +47,12 @@ def test_a_video_gets_a_sound_that_fits_and_stays_as_it_was(client, server, exam
     assert frames.shape == (49, 192, 192, 3)
     assert np.abs(frames.astype(float) - example[0][:49]).mean() < 3, "written once more by H.264, nothing else"
     assert matched(example[2], find_tones(sound, rate)) >= 2
+
+
+def test_a_speaker_gets_other_words(client, server):
+    before, old_sound, rate, _ = read_clip(SPEAKER)
+    frames, sound, new_rate, _ = made_by("nano_lip_sync_a_video", client, server)
+    said, seen = observe(before[:49, ::2, ::2], old_sound, rate), observe(frames, sound, new_rate)
+    assert (seen.kind, seen.colour, seen.background) == (said.kind, said.colour, said.background)
+    assert pearson(seen.mouth, seen.loudness) > 0.7 > 0.5 > pearson(seen.mouth, said.loudness[:49])
+    assert np.abs(frames.astype(float) - before[:49, ::2, ::2]).mean() < 10, "most of the old picture is there"

@@ -12,6 +12,7 @@ from pack.nodes.decode import Decode, SaveVideo
 from pack.nodes.encode import Encode, at_25, resized
 from pack.nodes.held import PICTURE, original
 from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas
+from pack.nodes.soundtrack import Soundtrack
 from pack.sampler.schedule import flow_sigmas
 from pack.sampler.soundtrack import at_encoder_rate
 
@@ -154,6 +155,26 @@ def test_a_kept_sound_comes_back_as_it_was(loaded, prompt, latent, rate):
     assert heard["sample_rate"] == rate and 9 * rate // 25 <= length <= 9 * rate // 25 + 1
     same = audio["waveform"][..., : 9 * rate // 25]
     assert torch.equal(heard["waveform"][..., : 9 * rate // 25], same)
+
+
+def test_what_is_cut_off_a_kept_sound_is_told(loaded, latent, notices):
+    images, audio = video(9, seconds=2.0)
+    for keep, sound in (("sound", audio), ("nothing", audio), ("sound", video(9)[1])):
+        encoded(loaded, latent, images, sound, keep=keep)
+    assert notices == [
+        "9 pictures, 0.36 s\n1.64 s of the sound are cut off.",
+        "9 pictures, 0.36 s",
+        "9 pictures, 0.36 s",
+    ]
+
+
+def test_a_soundtrack_after_it_keeps_the_last_picture(loaded, latent):
+    made = encoded(loaded, latent, *video(9))
+    longer = Soundtrack.execute(made, video(17)[1], loaded[3]).args[0]
+    before, after = made["samples"].unbind()[0], longer["samples"].unbind()[0]
+    assert torch.equal(after[:, :, :3], before) and torch.equal(
+        after[:, :, 3:], before[:, :, -1:].expand_as(after[:, :, 3:])
+    )
 
 
 def test_without_sound_there_is_silence_and_none_to_keep(loaded, latent):
