@@ -17,15 +17,20 @@ NOTHING, KEEP_PICTURE, KEEP_SOUND = "nothing", "picture", "sound"
 PIECE = 16  # pictures resized at a time
 
 
-def at_25(images, frame_rate, most):
-    """Return (the first pictures at 25 a second, up to `most`; how many the whole would have).
+def times_at_25(count, frame_rate, most):
+    """Return (which of `count` pictures of `frame_rate` a second are shown at 25, up to `most`; how many all would be).
 
-    images: IMAGE [F,H,W,C] of `frame_rate` a second. Each picture is the nearest in time, none is blended.
+    Each is the nearest in time, none is blended.
     """
-    count = max(1, int(images.shape[0] * FPS / frame_rate))
-    times = (torch.arange(min(count, most)) * frame_rate / FPS).round().long().clamp(max=images.shape[0] - 1)
-    all_of_them = torch.equal(times, torch.arange(len(times)))  # no copy then: videos may be large
-    return images[: len(times)] if all_of_them else images[times], count
+    at_25 = max(1, int(count * FPS / frame_rate))
+    times = (torch.arange(min(at_25, most)) * frame_rate / FPS).round().long().clamp(max=count - 1)
+    return times, at_25
+
+
+def pick(images, times):
+    """Return the images of those indices; without a copy where they are the first ones, as videos may be large."""
+    first = torch.equal(times, torch.arange(len(times)))
+    return images[: len(times)] if first else images[times]
 
 
 def resized(images, height, width):
@@ -43,13 +48,40 @@ def resized(images, height, width):
     return torch.cat(small).movedim(1, -1).clamp(0, 1)
 
 
-def encode_clip(latent, images, audio, vae, audio_vae, keep):
+def mask_of(mask, images, times):
+    """Return the mask's pictures [1 or n,H,W] of the n `times` of the images; ValueError where it has another count."""
+    if mask.shape[0] == 1:
+        return mask
+    if mask.shape[0] != images.shape[0]:
+        raise ValueError(f"The mask has {mask.shape[0]} pictures; expected 1, or {images.shape[0]} as the video has.")
+    return pick(mask, times)
+
+
+def changing(mask, frames, height, width):
+    """Return the noise mask [1,1,T,H/16,W/16] of `frames` pixel frames: 1 for latents of which any pixel may change.
+
+    mask: [1 or at least `frames`,H,W] in 0..1, white (0.5 and more) where the picture may change.
+    """
+    white = resized(mask[:frames, ..., None].float(), height, width).movedim(-1, 1)
+    white = (F.max_pool2d(white, PIXELS_PER_LATENT) >= 0.5).float().movedim(1, 0)[None]
+    if white.shape[2] == 1:
+        return white.repeat(1, 1, video_length(frames), 1, 1)
+    groups = white[:, :, 1:].unflatten(2, (-1, 4)).amax(3)  # the first picture has a latent of its own
+    return torch.cat([white[:, :, :1], groups], dim=2)
+
+
+def encode_clip(latent, images, audio, vae, audio_vae, keep, mask=None):
     """Return the LATENT of a clip at the size and in the batch of `latent`.
 
     images: IMAGE [F,H,W,C] at 25 a second; audio: AUDIO or None for silence; keep: NOTHING, KEEP_PICTURE or
-    KEEP_SOUND. ValueError where there is no sound to keep.
+    KEEP_SOUND; mask: as `changing`, or None: everywhere. ValueError where there is no sound to keep, or a mask for a
+    picture that is.
     """
     video, _ = require_joint_latent(latent).unbind()
+    if keep == KEEP_PICTURE and mask is not None:
+        raise ValueError(
+            "The mask says where the picture changes, and keep is picture. Disconnect the one or alter the other."
+        )
     if keep == KEEP_SOUND and audio is None:
         raise ValueError("There is no sound to keep: the video has none. Connect audio, or keep nothing.")
     frames = pixel_frames(video_length(images.shape[0]))
@@ -60,6 +92,8 @@ def encode_clip(latent, images, audio, vae, audio_vae, keep):
     rate = audio["sample_rate"]
     waveform = fit_sound(stereo(audio["waveform"][:1]), rate, frames)
     masks = [torch.ones_like(video[:1, :1]), video.new_ones(1, 1, frames)]
+    if mask is not None:
+        masks[PICTURE] = changing(mask, frames, height, width).to(video)
     if keep == KEEP_SOUND:  # one sample less where a rate is no multiple of 25, so that the same frames cover it
         unheard = held_latent(video, video.new_zeros(1, 64, frames), *masks)
         return with_soundtrack(unheard, audio_vae, {**audio, "waveform": waveform[..., : frames * rate // FPS]})
@@ -128,6 +162,12 @@ class Encode(io.ComfyNode):
                     tooltip="The video's sound, or another that it is to follow, of any rate; cut or filled with "
                     "silence to the pictures' length. Without it, silence.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the picture may change; the rest stays. One for all pictures, or as many as "
+                    "the video has. It works in squares of 16 pixels of the latent's size.",
+                ),
                 io.Float.Input(
                     "frame_rate",
                     default=25.0,
@@ -153,11 +193,13 @@ class Encode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent, images, vae, audio_vae, audio=None, frame_rate=25.0, keep=NOTHING):
+    def execute(cls, latent, images, vae, audio_vae, audio=None, mask=None, frame_rate=25.0, keep=NOTHING):
         """Bring the video to 25 pictures a second, encode it, tell its length."""
         room = pixel_frames(video_length(require_joint_latent(latent).unbind()[1].shape[2]))
-        images, given = at_25(images, frame_rate, room)
-        encoded = encode_clip(latent, images, audio, require_video_vae(vae), require_audio_vae(audio_vae), keep)
+        times, given = times_at_25(images.shape[0], frame_rate, room)
+        mask = None if mask is None else mask_of(mask, images, times)
+        vae, audio_vae = require_video_vae(vae), require_audio_vae(audio_vae)
+        encoded = encode_clip(latent, pick(images, times), audio, vae, audio_vae, keep, mask)
         heard = audio["waveform"].shape[-1] / audio["sample_rate"] if keep == KEEP_SOUND else 0
         notice(cls, remarks(encoded["samples"].unbind()[1].shape[2], given, room, heard))
         return io.NodeOutput(encoded)

@@ -9,7 +9,7 @@ import torch
 from comfy_extras import nodes_custom_sampler as custom
 from pack.nodes.conditioning import EmptyLatent
 from pack.nodes.decode import Decode, SaveVideo
-from pack.nodes.encode import Encode, at_25, resized
+from pack.nodes.encode import Encode, pick, resized, times_at_25
 from pack.nodes.held import PICTURE, original
 from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas
 from pack.nodes.soundtrack import Soundtrack
@@ -27,8 +27,8 @@ def video(frames, rate=44100, height=32, width=64, seconds=None, seed=0):
     return torch.rand(frames, height, width, 3, generator=random), sound
 
 
-def encoded(loaded, latent, images, audio=None, frame_rate=25.0, keep="nothing"):
-    return Encode.execute(latent, images, *loaded[2:], audio, frame_rate, keep).args[0]
+def encoded(loaded, latent, images, audio=None, frame_rate=25.0, keep="nothing", mask=None):
+    return Encode.execute(latent, images, *loaded[2:], audio, mask, frame_rate, keep).args[0]
 
 
 def sampled(loaded, prompt, latent, denoise=1.0, seed=SEED, steps=4):
@@ -67,8 +67,8 @@ def test_length_is_the_shorter_ones_in_groups_of_4(loaded, notices, frames, seco
 
 def test_other_frame_rates_keep_their_speed():
     numbered = torch.arange(60.0)[:, None, None, None].expand(-1, 2, 2, 3)
-    at = {rate: at_25(numbered, rate, 200) for rate in (25.0, 50.0, 30.0, 24.0, 12.5, 29.97)}
-    shown = {rate: images[:, 0, 0, 0] for rate, (images, _) in at.items()}
+    at = {rate: times_at_25(60, rate, 200) for rate in (25.0, 50.0, 30.0, 24.0, 12.5, 29.97)}
+    shown = {rate: pick(numbered, times)[:, 0, 0, 0] for rate, (times, _) in at.items()}
     assert shown[50.0].tolist() == list(range(0, 60, 2))
     assert shown[12.5].tolist()[:5] == [0, 0, 1, 2, 2] and len(shown[12.5]) == 120
     for rate, numbers in shown.items():
@@ -93,8 +93,8 @@ def test_another_shape_is_cut_in_the_middle_and_resized(height, width):
 @pytest.mark.parametrize("rate", [25.0, 30.0])
 def test_what_a_long_video_has_too_much_is_not_copied(rate):
     endless = torch.zeros(1, 2, 2, 3).expand(10**9, -1, -1, -1)
-    images, count = at_25(endless, rate, 9)
-    assert images.shape[0] == 9 and count == int(10**9 * 25 / rate)
+    times, count = times_at_25(10**9, rate, 9)
+    assert pick(endless, times).shape[0] == 9 and count == int(10**9 * 25 / rate)
 
 
 def test_the_right_size_stays_as_it_is():
@@ -235,3 +235,45 @@ def test_an_empty_latent_with_less_denoise_is_told(loaded, prompt, latent, notic
 def test_a_latent_without_sound_is_refused(loaded):
     with pytest.raises(ValueError, match="no sound, expected a joint one"):
         encoded(loaded, {"samples": torch.zeros(1, 48, 3, 2, 4)}, *video(9))
+
+
+def test_a_mask_says_where_the_picture_changes(loaded, prompt, latent):
+    """The right half may change, in the picture's own pixels 120 wide: two of the four latents of a row."""
+    images, audio = video(9, height=60, width=120)
+    right = torch.zeros(1, 60, 120)
+    right[..., 60:] = 1.0
+    start = encoded(loaded, latent, images, audio, mask=right)
+    assert start["noise_mask"].unbind()[0].shape == (1, 1, 3, 2, 4)
+    assert (start["noise_mask"].unbind()[0] == torch.tensor([0.0, 0, 1, 1])).all()
+    before, after = (part["samples"].unbind()[0] for part in (start, sampled(loaded, prompt, start)))
+    assert torch.equal(after[..., :2], before[..., :2]) and not torch.isclose(after[..., 2:], before[..., 2:]).any()
+
+
+def test_a_mask_may_move_and_keeps_time_with_the_pictures(loaded, latent):
+    """18 pictures at 50 a second; what is white from the 10th on is white from the 5th of 25 a second on."""
+    images, audio = video(18, seconds=0.36)
+    late = torch.zeros(18, 32, 64)
+    late[10:] = 1.0
+    made = encoded(loaded, latent, images, audio, frame_rate=50.0, mask=late)["noise_mask"].unbind()[0]
+    assert made[0, 0, :, 0, 0].tolist() == [0, 0, 1]
+    late[8] = 1.0  # shown as the last picture of the second group
+    made = encoded(loaded, latent, images, audio, frame_rate=50.0, mask=late)["noise_mask"].unbind()[0]
+    assert made[0, 0, :, 0, 0].tolist() == [0, 1, 1]
+
+
+def test_a_masked_picture_can_follow_a_kept_sound(loaded, prompt, latent):
+    images, audio = video(9)
+    lower = torch.zeros(1, 32, 64)
+    lower[:, 16:] = 1.0
+    start = encoded(loaded, latent, images, audio, keep="sound", mask=lower)
+    made = sampled(loaded, prompt, start)["samples"].unbind()
+    assert torch.equal(made[1], start["samples"].unbind()[1])
+    assert torch.equal(made[0][..., :1, :], start["samples"].unbind()[0][..., :1, :])
+
+
+def test_masks_that_do_not_fit_are_refused(loaded, latent):
+    images, audio = video(9)
+    with pytest.raises(ValueError, match="The mask has 4 pictures; expected 1, or 9 as the video has"):
+        encoded(loaded, latent, images, audio, mask=torch.ones(4, 32, 64))
+    with pytest.raises(ValueError, match="The mask says where the picture changes, and keep is picture"):
+        encoded(loaded, latent, images, audio, keep="picture", mask=torch.ones(1, 32, 64))
