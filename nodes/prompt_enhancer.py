@@ -2,7 +2,7 @@
 
 import re
 
-from comfy.text_encoders.llama import BaseGenerate
+import comfy.text_encoders.llama
 from comfy_api.latest import io
 
 from .clip import PromptEncoder
@@ -140,7 +140,9 @@ def require_language_model(clip):
     model = getattr(clip, "cond_stage_model", None)
     if isinstance(model, PromptEncoder):
         raise ValueError(f"HappyHorse's text encoder reads prompts but writes none. {LANGUAGE_MODEL}.")
-    if model is None or not any(isinstance(module, BaseGenerate) for module in model.modules()):
+    if model is None or not any(
+        isinstance(module, comfy.text_encoders.llama.BaseGenerate) for module in model.modules()
+    ):
         raise ValueError(f"This CLIP writes no text. {LANGUAGE_MODEL}.")
     return clip
 
