@@ -140,9 +140,8 @@ def require_language_model(clip):
     model = getattr(clip, "cond_stage_model", None)
     if isinstance(model, PromptEncoder):
         raise ValueError(f"HappyHorse's text encoder reads prompts but writes none. {LANGUAGE_MODEL}.")
-    if model is None or not any(
-        isinstance(module, comfy.text_encoders.llama.BaseGenerate) for module in model.modules()
-    ):
+    writer = comfy.text_encoders.llama.BaseGenerate
+    if model is None or not any(isinstance(module, writer) for module in model.modules()):
         raise ValueError(f"This CLIP writes no text. {LANGUAGE_MODEL}.")
     return clip
 

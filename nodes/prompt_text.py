@@ -16,7 +16,7 @@ ARTICLE = re.compile(r"^(?:an?|the) ", re.IGNORECASE)
 QUOTATION_MARK = re.compile(r"[“”„「」『』]|«\s*|\s*»")
 QUOTED = re.compile(r'"([^"]+)"')
 # What language models put around the parts: Markdown, code fences, a heading.
-HEADING = re.compile(r"^[\s*#>]*(dialogue|background sounds?)[\s*]*(?::[\s*]*|$)", re.IGNORECASE | re.MULTILINE)
+HEADING = re.compile(r"^[\s*#>]*(dialog|background)(?:ue)?(?: sounds?)?(?: ?\(.*?\))?[\s*]*(?::[\s*]*|$)", re.I | re.M)
 WRAPPING = re.compile(r"^\s*```\w*\s*|\s*```\s*$|^[\s*#]*(?:enhanced )?prompt[\s*]*:[\s*]*", re.IGNORECASE)
 SPOKEN = re.compile(r'<\s*([^<>]+?)\s*,\s*([^<>,]+?)\s*>\s*:?\s*(?:"([^"]+)"|(.+))')
 ALSO_CALLED = {"chinese": "Mandarin", "mandarin chinese": "Mandarin", "putonghua": "Mandarin"}
@@ -78,7 +78,7 @@ def parts_of(prompt, said=()):
     """
     pieces = HEADING.split(WRAPPING.sub("", WRAPPING.sub("", prompt)))
     blocks = dict(zip(map(str.lower, pieces[1::2]), pieces[2::2], strict=True))
-    description, spoken = _tidy(pieces[0]), QUOTATION_MARK.sub('"', blocks.get("dialogue", ""))
+    description, spoken = _tidy(pieces[0]), QUOTATION_MARK.sub('"', blocks.get("dialog", ""))
     exact = {_letters(line): line for line in said}
     speeches = []
     for speaker, language, quoted, bare in SPOKEN.findall(spoken):
@@ -86,7 +86,7 @@ def parts_of(prompt, said=()):
             speeches.append(Speech(speaker, _language(language), exact.get(letters, quoted or bare)))
     for line in (*(speech.quoted for speech in speeches), *said):
         description = _requote(description, line)
-    background = _tidy(blocks.get("background sound", blocks.get("background sounds", ""))).strip("<>*` ")
+    background = _tidy(blocks.get("background", "")).strip("<>*` ")
     return description, speeches, "" if background == NO_BACKGROUND else background
 
 

@@ -106,6 +106,7 @@ def test_parts_of_undoes_it(language):
         'Prompt: A man says, " hello there "\n### Dialogue\n* <Old man , english> "Hello there." (softly)\n'
         "### Background sounds\nRain",
         'A man says, "Hello there."\nDialogue: <Old man, English>: Hello there.\nBackground Sound: <Rain>',
+        'A man says, "Hello there."\n\nDialog (in English):\n- <Old man, English>: "Hello there."\n\nBackground:\nRain',
     ],
 )
 def test_what_language_models_write_around_the_parts(written):
