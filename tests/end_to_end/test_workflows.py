@@ -2,14 +2,18 @@
 
 import json
 import mimetypes
+import os
 import re
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pack.launch.client import PromptError
 from pack.launch.comfyui import PACK_NAME
+from pack.launch.comfyui import version as comfyui_version
 from pack.launch.demo import clip_path
+from pack.launch.environment import TESTED_COMFYUI
 from pack.launch.page_graph import inputs_of
 from pack.launch.thumbnails import thumbnail
 from pack.launch.workflows import TWINS, WORKFLOWS, names, twin_path, written
@@ -58,6 +62,11 @@ def as_api(graph):
     }
 
 
+def is_ours(schema):
+    """Tell whether a node of the server's is this pack's."""
+    return schema["python_module"] == f"custom_nodes.{PACK_NAME}"
+
+
 def wanted_files(twin):
     """Return the model files that a twin's loaders name, ours and core's Load CLIP."""
     loaders = [node["inputs"] for node in twin.values() if "Load" in node["class_type"]]
@@ -100,6 +109,8 @@ def test_examples_are_known_to_every_python():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_as_run_py_workflows_writes_them(name, schemas):
+    if comfyui_version(Path(os.environ["COMFYUI_PATH"])) != TESTED_COMFYUI:
+        pytest.skip(f"templates are written with ComfyUI {TESTED_COMFYUI}, whose nodes may have more sockets")
     assert written(name, schemas) == (twin_of(name), page_graph(name)), "run `python3 run.py workflows`"
 
 
@@ -119,7 +130,13 @@ def test_page_graph_fits_the_schemas(name, schemas):
         expected = inputs_of(schema, values)
         drawn = [entry["name"] for entry in node["inputs"] if entry["type"] != "IMAGEUPLOAD"]
         assert sorted(drawn) == sorted(expected), node["type"]
-        assert [output["type"] for output in node["outputs"]] == schema["output"], node["type"]
+        outputs, server_has = [output["type"] for output in node["outputs"]], schema["output"]
+        if is_ours(schema):
+            assert outputs == server_has, node["type"]
+        else:  # other versions of ComfyUI may have fewer at the end, or more
+            assert all(one == other for one, other in zip(outputs, server_has, strict=False)), node["type"]
+            linked = [slot for slot, output in enumerate(node["outputs"]) if output["links"]]
+            assert max(linked, default=0) < len(server_has), node["type"]
         for entry in node["inputs"]:
             _, options, _ = expected.get(entry["name"], (None, {}, None))
             listed = [one["key"] if isinstance(one, dict) else one for one in options.get("options", [])]
@@ -185,8 +202,8 @@ def test_server_lists_the_templates_and_serves_every_help_page(server, schemas):
     with urllib.request.urlopen(f"{server.url}/api/workflow_templates") as reply:
         assert sorted(json.loads(reply.read())[PACK_NAME]) == NAMES
     # core's cloud nodes are called HappyHorse too
-    ours = [name for name, schema in schemas.items() if schema["python_module"] == f"custom_nodes.{PACK_NAME}"]
-    for name in ours:
+    nodes = [name for name, schema in schemas.items() if is_ours(schema)]
+    for name in nodes:
         with urllib.request.urlopen(f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md") as reply:
             assert reply.read().decode().startswith(f"# {schemas[name]['display_name']}")
-    assert len(ours) >= 20
+    assert len(nodes) >= 20
