@@ -33,28 +33,42 @@ def pick(images, times):
     return images[: len(times)] if first else images[times]
 
 
+def cut(images, height, width):
+    """Return the middle of pictures [F,H,W,C] at the ratio height : width, as large as fits, a view of them."""
+    shrink = max(height / images.shape[1], width / images.shape[2])
+    across, down = min(round(width / shrink), images.shape[2]), min(round(height / shrink), images.shape[1])
+    return crop_middle(images, across, down)
+
+
 def resized(images, height, width):
-    """Return IMAGE [F,H,W,3] cut to the ratio in the middle, bicubic without aliasing; itself at that size.
+    """Return IMAGE [F,H,W,C] cut to the ratio in the middle, bicubic without aliasing; itself at that size.
 
     A sixth of the time that core's Lanczos takes, which goes through PIL: 9 ms for a picture of 1080p on a core.
     """
     if images.shape[1:3] == (height, width):
         return images
-    shrink = max(height / images.shape[1], width / images.shape[2])
-    across, down = min(round(width / shrink), images.shape[2]), min(round(height / shrink), images.shape[1])
-    images = crop_middle(images, across, down)
-    pieces = (piece.movedim(-1, 1) for piece in images.split(PIECE))
+    pieces = (piece.movedim(-1, 1) for piece in cut(images, height, width).split(PIECE))
     small = [F.interpolate(piece, (height, width), mode="bicubic", antialias=True) for piece in pieces]
     return torch.cat(small).movedim(1, -1).clamp(0, 1)
 
 
 def mask_of(mask, images, times):
-    """Return the mask's pictures [1 or n,H,W] of the n `times` of the images; ValueError where it has another count."""
-    if mask.shape[0] == 1:
-        return mask
-    if mask.shape[0] != images.shape[0]:
-        raise ValueError(f"The mask has {mask.shape[0]} pictures; expected 1, or {images.shape[0]} as the video has.")
-    return pick(mask, times)
+    """Return the mask's pictures [1 or n,H,W] that belong to the n `times` of the images.
+
+    ValueError where it has another count or shape than the images, or is black and would leave nothing to change.
+    """
+    count, height, width = images.shape[:3]
+    if mask.shape[0] not in (1, count):
+        raise ValueError(f"The mask has {mask.shape[0]} pictures; expected 1, or {count} as the video has.")
+    mask = mask if mask.shape[0] == 1 else pick(mask, times)
+    if not (mask >= 0.5).any():
+        raise ValueError("The mask is black, so nothing may change. Make white what may, or disconnect the mask.")
+    if abs(mask.shape[2] * height - mask.shape[1] * width) > max(height, width):  # by more than a pixel
+        raise ValueError(
+            f"The mask is {mask.shape[2]}x{mask.shape[1]} and the video {width}x{height}; expected the same shape, so "
+            "that it lies where it was drawn. Resize the mask, or draw it on a picture of the video."
+        )
+    return mask
 
 
 def changing(mask, frames, height, width):
@@ -62,8 +76,9 @@ def changing(mask, frames, height, width):
 
     mask: [1 or at least `frames`,H,W] in 0..1, white (0.5 and more) where the picture may change.
     """
-    white = resized(mask[:frames, ..., None].float(), height, width).movedim(-1, 1)
-    white = (F.max_pool2d(white, PIXELS_PER_LATENT) >= 0.5).float().movedim(1, 0)[None]
+    rows, columns = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+    white = cut((mask[:frames, ..., None] >= 0.5).float(), height, width).movedim(-1, 0)
+    white = F.adaptive_max_pool2d(white, (rows, columns))[None]
     if white.shape[2] == 1:
         return white.repeat(1, 1, video_length(frames), 1, 1)
     groups = white[:, :, 1:].unflatten(2, (-1, 4)).amax(3)  # the first picture has a latent of its own
@@ -165,8 +180,8 @@ class Encode(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the picture may change; the rest stays. One for all pictures, or as many as "
-                    "the video has. It works in squares of 16 pixels of the latent's size.",
+                    tooltip="White where the picture may change; the rest stays, as the VAE gives it back. One for all "
+                    "pictures, or as many as the video has. It works in squares of 16 pixels of the latent's size.",
                 ),
                 io.Float.Input(
                     "frame_rate",

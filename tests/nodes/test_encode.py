@@ -261,6 +261,15 @@ def test_a_mask_may_move_and_keeps_time_with_the_pictures(loaded, latent):
     assert made[0, 0, :, 0, 0].tolist() == [0, 1, 1]
 
 
+def test_a_hairline_of_a_mask_is_not_lost(loaded, latent):
+    """One white pixel in 300x600, an area that the latent's 32x64 pixels have no room for."""
+    images, audio = video(9, height=300, width=600)
+    dot = torch.zeros(1, 300, 600)
+    dot[0, 10, 460] = 1.0
+    made = encoded(loaded, latent, images, audio, mask=dot)["noise_mask"].unbind()[0]
+    assert (made == torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0]])).all()
+
+
 def test_a_masked_picture_can_follow_a_kept_sound(loaded, prompt, latent):
     images, audio = video(9)
     lower = torch.zeros(1, 32, 64)
@@ -275,5 +284,10 @@ def test_masks_that_do_not_fit_are_refused(loaded, latent):
     images, audio = video(9)
     with pytest.raises(ValueError, match="The mask has 4 pictures; expected 1, or 9 as the video has"):
         encoded(loaded, latent, images, audio, mask=torch.ones(4, 32, 64))
+    with pytest.raises(ValueError, match="The mask is black, so nothing may change. Make white what may"):
+        encoded(loaded, latent, images, audio, mask=torch.zeros(1, 64, 64))  # Load Image's, of a picture without alpha
+    with pytest.raises(ValueError, match="The mask is 64x64 and the video 64x32; expected the same shape"):
+        encoded(loaded, latent, images, audio, mask=torch.ones(1, 64, 64))
+    assert encoded(loaded, latent, images, audio, mask=torch.ones(1, 333, 667))["noise_mask"].unbind()[0].all()
     with pytest.raises(ValueError, match="The mask says where the picture changes, and keep is picture"):
         encoded(loaded, latent, images, audio, keep="picture", mask=torch.ones(1, 32, 64))
