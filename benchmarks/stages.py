@@ -17,7 +17,6 @@ from ..model_loader.turbo_vae import TurboVAE
 from ..sampler.denoise import denoise_renoise, denoise_unipc, seeded_noise
 from ..sampler.schedule import flow_sigmas
 from .attention_rows import CLIPS, operations
-from .cuda_graph import graphed
 from .measure import cell, head, milliseconds, once, peak_gigabytes, row_or_fault
 
 # What a processor runs: the same code at a width it can bear.
@@ -32,7 +31,6 @@ WAYS = {  # of computing: (fp8 linears, fp8 attention)
     "fp8": (True, False),
     "bf16, fp8 attention": (False, True),
 }
-GRAPHED = ("256p",)  # where a stage is measured as a CUDA graph too: larger clips keep a card busy as it is
 # Published times of the stages and of their decoding on one H100, seconds (daVinci-MagiHuman).
 PUBLISHED = {"256p": (1.6, 0.4), "540p": (5.1, 1.3), "1080p": (31.0, 5.8)}
 
@@ -120,11 +118,8 @@ def as_variant(network, config):
         layer.attention.radius = config.frame_receptive_field if i in config.local_attention_layers else None
 
 
-def stage_call(network, layout, steps, device, fp8_attention, graph=False):
-    """Return a call that samples a whole stage: renoise for 8 steps, FlowUniPC for super-resolution's 5.
-
-    graph: the forward is recorded here, before the call that is measured, and replayed in every step.
-    """
+def stage_call(network, layout, steps, device, fp8_attention):
+    """Return a call that samples a whole stage: renoise for 8 steps, FlowUniPC for super-resolution's 5."""
     config = network.config
     noise = seeded_noise(0)
     video = torch.randn(
@@ -133,13 +128,8 @@ def stage_call(network, layout, steps, device, fp8_attention, graph=False):
     audio = torch.randn(1, layout.audio, config.audio_in_channels, device=device)
     text = torch.randn(1, layout.text, config.text_in_channels, device=device)
 
-    def forward(video, audio):
-        return network(video, audio, text, fp8_attention=fp8_attention)
-
-    forward = graphed(forward, video, audio) if graph else forward
-
     def velocity(video, audio, sigma):
-        return forward(video, audio)
+        return network(video, audio, text, fp8_attention=fp8_attention)
 
     if config.positions == "v2":
         return lambda: denoise_renoise(velocity, video, audio, flow_sigmas(steps), noise=noise)
@@ -169,18 +159,15 @@ def stage_lines(network, way, device, rates, cpu):
         for variant, steps in STEPS.values() if cpu else (STEPS[size],):
             as_variant(network, small(variant) if cpu else variant)
             name = f"{steps} steps" + (", local layers" if network.config.local_attention_layers else "")
-            for graph in (False, True)[: 1 + (size in GRAPHED)]:
-                yield row_or_fault(
-                    (name, size, way + ", CUDA graph" * graph),
-                    lambda at=(network, size, layout, steps, way, graph): stage_cells(*at, device, rates),
-                )
+            at = (network, size, layout, steps, way)
+            yield row_or_fault((name, size, way), lambda at=at: stage_cells(*at, device, rates))
 
 
-def stage_cells(network, size, layout, steps, way, graph, device, rates):
+def stage_cells(network, size, layout, steps, way, device, rates):
     """Return the cells of one stage."""
     fp8, fp8_attention = WAYS[way]
     peak = peak_gigabytes(stage_call(network, layout, 1, device, fp8_attention), device)
-    seconds = once(stage_call(network, layout, steps, device, fp8_attention, graph), device)
+    seconds = once(stage_call(network, layout, steps, device, fp8_attention), device)
     least = floor(network.config, range(network.config.num_layers), layout, rates, fp8, fp8_attention)
     least = least and least * steps / 1000
     published = PUBLISHED[size][0] if size in PUBLISHED else None

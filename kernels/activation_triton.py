@@ -81,7 +81,7 @@ def launch(x, columns, gated, out_dtype, padded, out):
             tokens, heads,
             COLUMNS=columns, OUT_COLUMNS=out_columns, X_ALIGNMENT=x_alignment, OUT_ALIGNMENT=out_alignment,
             GATED=gated, WORDS=words, QUANTISE=quantise, BLOCK_COLUMNS=block,
-            num_warps=max(4, min(8, block // 256)),
+            num_warps=max(4, min(8, block // 256), block // 2048),
         )  # fmt: skip
     return out
 

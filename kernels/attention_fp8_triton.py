@@ -14,6 +14,30 @@ KEY_MULTIPLE = 32  # keys change places in groups of so many, see `values_kernel
 
 
 @triton.jit
+def largest_kernel(
+    k, v, key_largest, value_largest,
+    k_batch, k_head, k_token, v_batch, v_head, v_token,
+    heads, tokens,
+    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Raise key_largest [batch, heads] and value_largest [batch, heads, HEAD_DIM], 0 before, to the largest magnitudes.
+
+    k and v [batch, heads, tokens, HEAD_DIM]; of k's a head's, of v's a column's. Each program sees BLOCK_TOKENS tokens.
+    """
+    head = tl.program_id(1) % heads
+    batch = tl.program_id(1) // heads
+    token = (tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
+    column = tl.arange(0, HEAD_DIM)
+    inside = (token < tokens)[:, None]
+    k_at = tl.multiple_of(batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head + token * k_token, 8)
+    v_at = tl.multiple_of(batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head + token * v_token, 8)
+    keys = tl.abs(tl.load(k + k_at[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32))
+    values = tl.abs(tl.load(v + v_at[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32))
+    tl.atomic_max(key_largest + tl.program_id(1), tl.max(tl.max(keys, axis=1), axis=0), sem="relaxed")
+    tl.atomic_max(value_largest + tl.program_id(1) * HEAD_DIM + column, tl.max(values, axis=0), sem="relaxed")
+
+
+@triton.jit
 def rows_kernel(
     x, key_largest, out, scale,
     x_batch, x_head, x_token,
@@ -150,8 +174,12 @@ def quantised(q, k, v):
     """
     (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
     with torch.cuda.device_of(q):
-        key_largest = torch.linalg.vector_norm(k, float("inf"), dim=(2, 3))
-        value_largest = torch.linalg.vector_norm(v, float("inf"), dim=2)
+        largest = torch.zeros(batch * key_heads * (1 + head_dim), dtype=torch.float32, device=q.device)
+        key_largest, value_largest = largest.split((batch * key_heads, batch * key_heads * head_dim))
+        largest_kernel[(triton.cdiv(tokens, 128), batch * key_heads)](
+            k, v, key_largest, value_largest, *k.stride()[:3], *v.stride()[:3], key_heads, tokens,
+            HEAD_DIM=head_dim, BLOCK_TOKENS=128, num_warps=8,
+        )  # fmt: skip
         query_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         narrow_q, narrow_k = (torch.empty(x.shape, dtype=FP8, device=q.device) for x in (q, k))
         for x, out, group, queries in ((q, narrow_q, heads // key_heads, True), (k, narrow_k, 1, False)):

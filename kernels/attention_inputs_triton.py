@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .rows_triton import alignment, strides_in
 
-BLOCK_TOKENS = 8
+BLOCK_TOKENS = 4
 HEADS_PER_PROGRAM = 8  # sines, cosines and weights are read once for so many heads
 
 

@@ -30,16 +30,17 @@ from ..kernels import (
 )
 
 MODALITIES = ("video", "audio", "text")
-PIECE = 4096  # tokens that pass the linears at a time, at most: every clip of 256p is whole
+PIECE = 4096  # tokens that pass the linears at a time, at most
 
 
-def cut(spans, experts):
+def cut(spans, experts, short_too=False):
     """Cut a sequence of more than PIECE tokens into pieces of fewer, where there are experts none of two of them.
 
-    Returns for every piece the lengths of its spans, one for each expert.
+    short_too: between experts a shorter one is cut too. A card takes longer to join what they return than to launch
+    small kernels, a processor does not. Returns for every piece the lengths of its spans, one for each expert.
     """
     spans = spans if experts > 1 else (sum(spans),)
-    if sum(spans) <= PIECE:
+    if sum(spans) <= PIECE and not (short_too and experts > 1):
         return [tuple(spans)]
     pieces = []
     for expert, span in enumerate(spans):
@@ -179,7 +180,7 @@ class Attention(nn.Module):
 
     def forward(self, x, layout, rotary, attend):
         """x [B, N, D] fp32 -> attention's output [B, Hq, N, d] in the linears' dtype and its gate [B, N, Hq] fp32."""
-        pieces = cut(layout.spans, self.experts)
+        pieces = cut(layout.spans, self.experts, x.is_cuda)
         parts = zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)
         if in_one_go(pieces):
             made = zip(*[self.inputs(*part) for part in parts], strict=True)
@@ -242,7 +243,7 @@ class Layer(nn.Module):
     def forward(self, x, layout, rotary, attend):
         """x [B, N, D] fp32 -> the same; rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`."""
         out, gate = self.attention(x, layout, rotary, attend)
-        pieces = cut(layout.spans, self.attention.experts)
+        pieces = cut(layout.spans, self.attention.experts, x.is_cuda)
         parts = zip(split(x, pieces), split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
         if in_one_go(pieces):
             return join([self.rest(*part) for part in parts])

@@ -9,8 +9,9 @@ HOPPER = not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
 if HOPPER:
     from pack.kernels import attention_hopper
 # How far fp8 and bf16 may be from their references, as a relative RMS: weights take one more rounding, averaged over
-# the keys. Triton's interpreter halves what an fp8 rounding brings up to a power of two, one value in fifty.
-NEAR = {True: 0.16 if INTERPRETED else 2.5e-2, False: 2.5e-3}
+# the keys. Triton's interpreter halves what an fp8 rounding brings up to a power of two, one value in fifty. Hopper's
+# weights are rounded by 3.1 % instead of 2.6: emulated, these sizes are off by 2.0 to 2.9 % instead of 1.7 to 2.4.
+NEAR = {True: 0.16 if INTERPRETED else 3.2e-2 if HOPPER else 2.5e-2, False: 2.5e-3}
 
 SIZES = pytest.mark.parametrize(
     ("batch", "heads", "tokens", "window"),
@@ -86,6 +87,17 @@ def test_attention_on_hopper(batch, heads, tokens, window, fp8):
     out = torch.full_like(q, float("nan"))
     assert attention_hopper.attention(q, k, v, *window, fp8=fp8, out=out) is out
     check_attention(out, q, k, v, window, fp8)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper card")
+@pytest.mark.parametrize("fp8", [False, True])
+def test_attention_on_hopper_adds_up_many_values_that_are_not_centred(fp8):
+    """Hopper adds fp8 products up with 14 bits: in sums over 65,706 keys 42 % of them were lost."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 65_706, 128, generator=random).to(DEVICE, BF16)
+    found = attention_hopper.attention(1.5 * q, k, v + 3, fp8=fp8)[:, :, ::97].float()
+    wanted = torch.nn.functional.scaled_dot_product_attention(1.5 * q[:, :, ::97], k, v + 3).float()
+    assert (found - wanted).norm() < (1e-2 if fp8 else 2e-3) * wanted.norm()
 
 
 @LAYOUTS

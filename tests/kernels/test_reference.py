@@ -153,3 +153,14 @@ def test_scales_of_rows_and_columns_are_multiplied_in():
     wanted = x.double() * rows.double() * columns.double()
     assert reference.scale_rows_and_columns(x, rows, columns) is x
     close(x, wanted)
+
+
+def test_fp8_weights_are_powers_of_two_and_straight_lines_between_them():
+    whole = torch.arange(-6.0, 9.0)
+    assert torch.equal(reference.fp8_weights(whole), 2**whole)
+    assert reference.fp8_weights(torch.tensor([8.75, -7.1, -torch.inf])).tolist() == [448, 0, 0]
+    exponents = torch.linspace(-6, 8, 100_000)
+    found, wanted = reference.fp8_weights(exponents), 2**exponents
+    assert torch.equal(found, found.to(torch.float8_e4m3fn).float()) and (found.diff() >= 0).all()
+    off = found / wanted / (found.sum() / wanted.sum()) - 1  # a factor of all weights is divided out
+    assert 3.0e-2 < off.square().mean().sqrt() < 3.3e-2

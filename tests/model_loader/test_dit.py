@@ -83,6 +83,7 @@ def test_pieces_hold_at_most_so_many_tokens_of_one_expert(monkeypatch, experts):
     assert all(len(piece) == experts and sum(length > 0 for length in piece) == 1 for piece in pieces)
     assert experts == 1 or [piece[2] for piece in pieces] == [0, 0, 0, 4]
     assert dit_layers.cut((5, 0, 4), experts) == ([(9,)] if experts == 1 else [(5, 0, 4)])
+    assert dit_layers.cut((5, 0, 4), experts, True) == ([(9,)] if experts == 1 else [(5, 0, 0), (0, 0, 4)])
 
 
 @pytest.mark.parametrize("name", ["dit", "sr_dit"])
