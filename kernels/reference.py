@@ -144,10 +144,10 @@ def dequantised(x, axes):
 
 
 def fp8_weights(exponents):
-    """Return what kernels/attention_fp8_hopper.py takes for 2 ** exponents: e4m3 numbers in fp32, of their shape.
+    """Return what attention_fp8_hopper.py takes for 2 ** exponents: e4m3 numbers in fp32, of their shape.
 
-    exponents: fp32 up to 8.75, which gives 448. The number's byte is 8 (exponent + 7), rounded: right where the exponent
-    is whole, a straight line in between, 0 where the byte rounds to less than 1.
+    exponents: fp32 up to 8.75, which gives 448. The number's byte is 8 (exponent + 7), rounded: right for whole ones, a
+    straight line in between, 0 where the byte rounds to less than 1.
     """
     byte = (8 * (exponents + 7)).round().clamp(0, 126)
     return byte.to(torch.uint8).view(FP8).float()
