@@ -1,8 +1,8 @@
 """Attention for Hopper in Gluon, Triton's lower level: one warp loads, two warpgroups multiply and take the softmax.
 
 Queries are cut into blocks of 128, 64 for each warpgroup; keys and values come by TMA, 128 at a time. What a warpgroup
-does with them is in attention_bf16_hopper.py and attention_fp8_hopper.py, the rest in attention_tiles_hopper.py. An H200
-reaches 650 TFLOP/s in bf16 and 1,045 in fp8 with 65,706 tokens, where a large matmul reaches 745 and 1,516. What was
+does with them is in attention_bf16_hopper.py and attention_fp8_hopper.py, the rest in attention_tiles_hopper.py. With
+65,706 tokens an H200 reaches 650 TFLOP/s in bf16 and 1,045 in fp8, where a large matmul reaches 745 and 1,516. What was
 tried and was no faster is in benchmarks/README.md.
 """
 
