@@ -70,6 +70,10 @@ def rows(size, device):
         x = draw(*DECODED[size]).contiguous(memory_format=torch.channels_last_3d)
         return Row("channel_norm", "silu, bf16", (x, 1e-8, "silu"), 2 * x.nbytes)
 
+    def decoder_add():
+        x, delta = (draw(*DECODED[size]).contiguous(memory_format=torch.channels_last_3d) for _ in range(2))
+        return Row("add_channels", "bf16", (x, delta, draw(x.shape[1]) / 1000), 3 * x.nbytes)  # it works in place
+
     def add():
         x, delta = draw(1, tokens, WIDTH, dtype=torch.float32), draw(1, tokens, WIDTH)
         return Row("add", "fp32 and bf16", (x, delta), tokens * WIDTH * (4 + 2 + 4))
@@ -91,6 +95,7 @@ def rows(size, device):
         yield lambda out=out: gate(*out)
     yield inputs
     yield decoder_norm
+    yield decoder_add
     yield add
     yield renoise
     yield scale

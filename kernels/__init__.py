@@ -2,6 +2,7 @@
 
 from .dispatch import (
     add,
+    add_channels,
     add_rms_norm_spans,
     attention_inputs,
     attention_kernel,
@@ -13,6 +14,7 @@ from .dispatch import (
     rms_norm_spans,
     scale_rows_and_columns,
     swiglu7,
+    takes_biases,
     why_no_fp8_attention,
 )
 from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
@@ -23,6 +25,7 @@ __all__ = [
     "FP8",
     "Fp8Rows",
     "add",
+    "add_channels",
     "add_rms_norm_spans",
     "attention_inputs",
     "attention_kernel",
@@ -39,5 +42,6 @@ __all__ = [
     "rms_norm_spans",
     "scale_rows_and_columns",
     "swiglu7",
+    "takes_biases",
     "why_no_fp8_attention",
 ]

@@ -9,14 +9,17 @@ ELEMENTS_PER_PROGRAM = 8192  # many pixels of few channels: 128 of 64
 
 @triton.jit
 def channel_norm_kernel(
-    x, out,
+    x, bias, out,
     x_batch, x_frame, x_pixel,
     out_batch, out_frame, out_pixel,
     frames, out_frames, pixels, before,
     eps,
-    CHANNELS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Each program norms BLOCK_PIXELS pixels of a frame of out [batch, out_frames, pixels, CHANNELS].
+
+    BIASED: bias [CHANNELS] is added to x first.
 
     Frames of out before the first of x, of which there are `before`, and after its last one are that one again.
     """
@@ -29,6 +32,8 @@ def channel_norm_kernel(
 
     x_rows = x + batch * x_batch + source * x_frame + pixel * x_pixel
     values = tl.load(x_rows[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if BIASED:
+        values += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
     inverse = tl.rsqrt(tl.sum(values * values, axis=1) / CHANNELS + eps)
     result = (values * inverse[:, None]).to(out.dtype.element_ty)
     if ACTIVATION == "relu":
@@ -40,7 +45,21 @@ def channel_norm_kernel(
     tl.store(out_rows[:, None] + channel[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-def channel_norm(x, eps, activation=None, before=0, after=0, out=None):
+def rows_of_channels(x):
+    """View x [B, C, T, H, W] as [B, T, H * W, C]; pixels that do not lie in rows of one distance are copied."""
+    assert x.stride(1) == 1 or x.shape[1] == 1
+    return x.permute(0, 2, 3, 4, 1).flatten(2, 3)
+
+
+def blocks(pixels, channels):
+    """Return {BLOCK_PIXELS, BLOCK_CHANNELS, num_warps} for so many of both."""
+    block_channels = triton.next_power_of_2(channels)
+    block_pixels = max(1, min(ELEMENTS_PER_PROGRAM // block_channels, triton.next_power_of_2(pixels)))
+    warps = 8 if block_pixels * block_channels >= 4096 else 4
+    return {"BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels, "num_warps": warps}
+
+
+def channel_norm(x, eps, activation=None, before=0, after=0, bias=None, out=None):
     """`reference.channel_norm` of x whose channels lie side by side; `out`, laid out so too, takes the result if given.
 
     Frames may lie anywhere; their pixels are copied first if they do not lie in rows of one distance.
@@ -51,18 +70,15 @@ def channel_norm(x, eps, activation=None, before=0, after=0, out=None):
         shape = batch, channels, out_frames, height, width
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     assert activation in (None, "relu", "silu") and out.shape[2] == out_frames
-    assert x.stride(1) == out.stride(1) == 1 or channels == 1
-    rows_in = x.permute(0, 2, 3, 4, 1).flatten(2, 3)
-    rows_out = out.permute(0, 2, 3, 4, 1).view(batch, out_frames, pixels, channels)
-    block_channels = triton.next_power_of_2(channels)
-    block_pixels = max(1, min(ELEMENTS_PER_PROGRAM // block_channels, triton.next_power_of_2(pixels)))
+    assert out.stride(1) == 1 or channels == 1
+    rows_in, rows_out = rows_of_channels(x), out.permute(0, 2, 3, 4, 1).view(batch, out_frames, pixels, channels)
+    at_once = blocks(pixels, channels)
     with torch.cuda.device_of(x):
-        channel_norm_kernel[(triton.cdiv(pixels, block_pixels), batch * out_frames)](
-            rows_in, rows_out,
+        channel_norm_kernel[(triton.cdiv(pixels, at_once["BLOCK_PIXELS"]), batch * out_frames)](
+            rows_in, x if bias is None else bias, rows_out,
             *rows_in.stride()[:3], *rows_out.stride()[:3],
             frames, out_frames, pixels, before,
             eps,
-            CHANNELS=channels, ACTIVATION=activation, BLOCK_PIXELS=block_pixels, BLOCK_CHANNELS=block_channels,
-            num_warps=8 if block_pixels * block_channels >= 4096 else 4,
+            CHANNELS=channels, BIASED=bias is not None, ACTIVATION=activation, **at_once,
         )  # fmt: skip
     return out

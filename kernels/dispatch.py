@@ -51,6 +51,7 @@ LIMITS = {
     "attention_inputs": Limits(FLOATS, max_axes=3, max_columns=16384, max_fp8_columns=0, min_capability=(8, 0)),
     "gate_heads": Limits(FLOATS, max_axes=4, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
     "channel_norm": Limits(FLOATS, max_axes=5, max_columns=4096, max_fp8_columns=0, min_capability=(8, 0)),
+    "add_channels": Limits(FLOATS, max_axes=5, max_columns=4096, max_fp8_columns=0, min_capability=(8, 0)),
     "add": Limits(FLOATS, max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
     "renoise": Limits((torch.float32,), max_axes=8, max_columns=2**40, max_fp8_columns=0, min_capability=(8, 0)),
     "scale": Limits(FLOATS, max_axes=2, max_columns=2**24, max_fp8_columns=0, min_capability=(8, 0)),
@@ -65,6 +66,7 @@ def triton_kernels():
     try:
         from . import (
             activation_triton,
+            add_channels_triton,
             add_triton,
             attention_inputs_triton,
             channel_norm_triton,
@@ -87,6 +89,7 @@ def triton_kernels():
         "attention_inputs": attention_inputs_triton,
         "gate_heads": gate_heads_triton,
         "channel_norm": channel_norm_triton,
+        "add_channels": add_channels_triton,
         "renoise": renoise_triton,
         "scale": scale_triton,
     }
@@ -219,11 +222,24 @@ def gate_heads(x, gate, out_dtype=None):
     return chosen.gate_heads(x, gate, out_dtype)
 
 
-def channel_norm(x, eps, activation=None, before=0, after=0):
+def channel_norm(x, eps, activation=None, before=0, after=0, bias=None):
     """See `reference.channel_norm`; Triton serves x whose channels lie side by side."""
     channels_last = reference.memory_format_of(x) == torch.channels_last_3d
     chosen = backend("channel_norm", x, columns=x.shape[1]) if channels_last else reference
-    return chosen.channel_norm(x, eps, activation, before, after)
+    return chosen.channel_norm(x, eps, activation, before, after, bias)
+
+
+def takes_biases(x):
+    """Tell whether Triton serves channel_norm and add_channels for x: there a bias costs nothing."""
+    channels_last = reference.memory_format_of(x) == torch.channels_last_3d
+    return channels_last and backend("add_channels", x, columns=x.shape[1]) is not reference
+
+
+def add_channels(x, delta, bias):
+    """See `reference.add_channels`; Triton serves tensors whose channels lie side by side."""
+    channels_last = all(reference.memory_format_of(tensor) == torch.channels_last_3d for tensor in (x, delta))
+    chosen = backend("add_channels", x, delta, bias, columns=x.shape[1]) if channels_last else reference
+    return chosen.add_channels(x, delta, bias)
 
 
 def renoise_step(x, velocity, noise, sigma, sigma_next):

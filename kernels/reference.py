@@ -176,11 +176,12 @@ def scale_rows_and_columns(x, rows, columns):
     return x.mul_(rows).mul_(columns)
 
 
-def channel_norm(x, eps, activation=None, before=0, after=0):
+def channel_norm(x, eps, activation=None, before=0, after=0, bias=None):
     """Divide every pixel of x [B, C, T, H, W] by its root mean square over the channels, then activate it.
 
-    activation: a key of ACTIVATIONS. Returns [B, C, before + T + after, H, W] with the ends repeated as `repeat_ends`
-    does, in x's dtype and memory format; each of the two steps is computed in fp32 and rounded to x's dtype.
+    activation: a key of ACTIVATIONS. bias [C], x's dtype: added to x first. Returns [B, C, before + T + after, H, W]
+    with the ends repeated as `repeat_ends` does, in x's dtype and memory format; norm and activation are computed in
+    fp32 and rounded to x's dtype.
     """
     batch, channels, frames, *size = x.shape
     shape, end = (batch, channels, before + frames + after, *size), before + frames
@@ -188,10 +189,16 @@ def channel_norm(x, eps, activation=None, before=0, after=0):
     step = max(1, CHANNEL_NORM_BYTES // x[:, :, 0].nbytes)
     for start in range(0, frames, step):
         wide = x[:, :, start : start + step].float()
+        wide = wide if bias is None else wide + bias.float().view(-1, 1, 1, 1)
         normed = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
         out[:, :, before:end][:, :, start : start + step] = ACTIVATIONS[activation](normed.to(x.dtype))
     out[:, :, :before], out[:, :, end:] = out[:, :, before : before + 1], out[:, :, end - 1 : end]
     return out
+
+
+def add_channels(x, delta, bias):
+    """Add delta, of its shape and dtype, and bias [C] to x [B, C, T, H, W] in place, in fp32; return x."""
+    return x.copy_(x.float() + delta.float() + bias.float().view(-1, 1, 1, 1))
 
 
 def repeat_ends(x, before, after):

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import channel_norm, memory_format_of, repeat_ends
+from ..kernels import channel_norm, memory_format_of, takes_biases
+from .turbo_pieces import Apart, in_pieces, normed, plain
 
 NORM_EPS = 1e-8  # of every norm but the shortcut's, which the configuration gives
-# A layer works on as many frames at once as have this size: a window of 36 at 1920x1088 has 4.8 GB.
-PIECE_BYTES = 2**30
 
 
 def preferred_format(device):
@@ -23,36 +22,6 @@ def preferred_format(device):
     return torch.channels_last_3d if nvidia else torch.contiguous_format
 
 
-def pieces(x, size):
-    """Yield the (first, last + 1) frames of x [B, C, T, H, W] in pieces of at most `size` bytes, or one frame."""
-    frames = max(1, size // x[:, :, 0].nbytes)
-    yield from ((start, min(start + frames, x.shape[2])) for start in range(0, x.shape[2], frames))
-
-
-def in_pieces(layer, x, margin=0, added_to=None, growth=1):
-    """Run layer(frames, before, after) on x [B, C, T, H, W] in pieces: with `margin` frames more on either side.
-
-    At the ends of x some of them are missing: the layer is to repeat the first frame `before` times, the last one
-    `after` times. growth: how many times larger than its input the layer's tensors get. Returns [B, C', T, H', W'] in
-    x's memory format, or `added_to` with that added in place.
-    """
-    frames, out = x.shape[2], added_to
-    for start, end in pieces(x, PIECE_BYTES // growth):
-        first, last = max(0, start - margin), min(frames, end + margin)
-        result = layer(x[:, :, first:last], margin - (start - first), margin - (last - end))
-        if out is None and end - start == frames:
-            return result.contiguous(memory_format=memory_format_of(x))
-        if out is None:
-            shape = *result.shape[:2], frames, *result.shape[3:]
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-        if added_to is None:
-            out[:, :, start:end] = result
-        else:
-            out[:, :, start:end].add_(result)  # += would also copy the sum onto itself
-        del result  # the next one needs the room
-    return out
-
-
 class Conv3(nn.Module):
     """3-D convolution of stride 1, padded with zeros in space; in time it uses up the `margin` of `in_pieces`."""
 
@@ -60,6 +29,11 @@ class Conv3(nn.Module):
         super().__init__()
         self.margin = (kernel[0] - 1) // 2
         self.conv = operations.Conv3d(cin, cout, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **factory)
+
+    @property
+    def last(self):
+        """The convolution whose bias is this layer's."""
+        return self.conv
 
     def forward(self, x):
         """x [B, cin, T + 2 margin, H, W] -> [B, cout, T, H, W]."""
@@ -75,6 +49,11 @@ class SeparableConv3(nn.Module):
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         self.depthwise_conv = operations.Conv3d(cin, cin, kernel, padding=padding, groups=cin, **factory)
         self.pointwise_conv = operations.Conv3d(cin, cout, 1, **factory)
+
+    @property
+    def last(self):
+        """The convolution whose bias is this layer's."""
+        return self.pointwise_conv
 
     def forward(self, x):
         """x [B, cin, T + 2 margin, H, W] -> [B, cout, T, H, W]."""
@@ -95,20 +74,23 @@ class Residual(nn.Module):
 
     def forward(self, x):
         """x [B, cin, T, H, W] -> [B, cout, T, H, W], in place where the widths are equal."""
+        if takes_biases(x):
+            return self.with_biases_in_passing(x)
         h = in_pieces(normed(self.conv1, NORM_EPS, self.first_activation), x, self.conv1.margin)
         if self.conv_shortcut is not None:
             x = in_pieces(normed(self.conv_shortcut, self.shortcut_eps, None), x)
         return in_pieces(normed(self.conv2, NORM_EPS, "silu"), h, self.conv2.margin, added_to=x)
 
-
-def normed(conv, eps, activation):
-    """Return the layer of `in_pieces` that norms and activates (see `kernels.channel_norm`), then convolves."""
-    return lambda frames, *ends: conv(channel_norm(frames, eps, activation, *ends))
-
-
-def plain(conv):
-    """Return the layer of `in_pieces` that convolves."""
-    return lambda frames, *ends: conv(repeat_ends(frames, *ends))
+    def with_biases_in_passing(self, x):
+        """`forward` with conv1's bias added by the norm after it, the others' by the last addition."""
+        conv1, conv2 = Apart(self.conv1), Apart(self.conv2)
+        ends_with = [conv2]
+        h = in_pieces(normed(conv1, NORM_EPS, self.first_activation), x, self.conv1.margin)
+        if self.conv_shortcut is not None:
+            ends_with.append(Apart(self.conv_shortcut))
+            x = in_pieces(normed(ends_with[1], self.shortcut_eps, None), x)
+        layer = normed(conv2, NORM_EPS, "silu", conv1.bias)
+        return in_pieces(layer, h, self.conv2.margin, added_to=x, bias=lambda: sum(conv.bias for conv in ends_with))
 
 
 class Upsampler(nn.Module):

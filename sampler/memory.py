@@ -6,7 +6,7 @@ import torch
 
 from ..model_loader.config import TurboVAEConfig
 from ..model_loader.load import expected_tensors
-from ..model_loader.turbo_vae import PIECE_BYTES as DECODE_PIECE_BYTES
+from ..model_loader.turbo_pieces import PIECE_BYTES as DECODE_PIECE_BYTES
 from .sizes import PIXEL_MULTIPLE
 
 LINEAR_BYTES = {

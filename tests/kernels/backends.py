@@ -9,6 +9,7 @@ import pytest
 import torch
 from pack.kernels import (
     activation_triton,
+    add_channels_triton,
     add_triton,
     channel_norm_triton,
     reference,
@@ -256,6 +257,21 @@ def test_channel_norm(shape, ends, dtype):
     check(found["silu"], wanted, dtype)
     if not (dtype == FP32 or INTERPRETED and dtype == BF16):  # which the interpreter does not round, but cuts
         assert (found["silu"] != wanted).float().mean() < 0.002, "silu of the norm before it was rounded"
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 2, 12, 20), (1, 128, 3, 4, 7), (2, 12, 3, 9, 31), (1, 1, 1, 1, 1)], ids=str)
+def test_biases_of_channels(shape, dtype):
+    """Added before the norm, and with what is added to a part of the frames; the rest stays as it was."""
+    x, delta, bias = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype).flip(3), draw(shape[1], dtype=dtype)
+    found = channel_norm_triton.channel_norm(channels_last(x), 1e-6, "relu", 1, 0, bias=bias)
+    check(found, reference.channel_norm(x, 1e-6, "relu", 1, 0, bias), dtype)
+    around = channels_last(torch.full((shape[0], shape[1], shape[2] + 2, *shape[3:]), 7.0).to(DEVICE, dtype))
+    around[:, :, 1:-1] = x
+    part = around[:, :, 1:-1]
+    assert add_channels_triton.add_channels(part, channels_last(delta), bias) is part
+    check(part, reference.add_channels(x.clone(), delta, bias), dtype)
+    assert (around[:, :, :1] == 7).all() and (around[:, :, -1:] == 7).all()
 
 
 def test_channel_norm_writes_its_frames_and_no_others():

@@ -88,8 +88,15 @@ def attention_inputs(out):
 def channel_norm(out):
     from pack.kernels.channel_norm_triton import channel_norm_kernel
 
-    constants = {"CHANNELS": 64, "ACTIVATION": "silu", "BLOCK_PIXELS": 128, "BLOCK_CHANNELS": 64}
-    return channel_norm_kernel, {name: OUTPUTS[out] for name in ("x", "out")}, constants, ["eps"], 8
+    constants = {"CHANNELS": 64, "BIASED": True, "ACTIVATION": "silu", "BLOCK_PIXELS": 128, "BLOCK_CHANNELS": 64}
+    return channel_norm_kernel, {name: OUTPUTS[out] for name in ("x", "bias", "out")}, constants, ["eps"], 8
+
+
+def add_channels(out):
+    from pack.kernels.add_channels_triton import add_channels_kernel
+
+    constants = {"CHANNELS": 64, "BLOCK_PIXELS": 128, "BLOCK_CHANNELS": 64}
+    return add_channels_kernel, {name: OUTPUTS[out] for name in ("x", "delta", "bias")}, constants, [], 8
 
 
 def gate_heads(out):
@@ -130,6 +137,7 @@ KERNELS = {
     "gelu7": (lambda out: activation(out, False), OUTPUTS),
     "attention_inputs": (attention_inputs, ["bf16", "fp32"]),
     "channel_norm": (channel_norm, ["bf16", "fp32"]),
+    "add_channels": (add_channels, ["bf16", "fp32"]),
     "gate_heads": (gate_heads, OUTPUTS),
     "add": (add, ["fp32"]),
     "renoise": (renoise, ["fp32"]),
@@ -156,11 +164,11 @@ def test_kernels_compile_ahead_of_time(card, name, out, tmp_path, monkeypatch):
     assert len(result.asm[binary]) > 1000
 
 
-def test_channel_norm_moves_16_bytes_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["channel_norm", "add_channels"])
+def test_channels_move_16_bytes_at_a_time(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, pointers, constants, floats, warps = channel_norm("bf16")
-    strides = [f"{side}_{axis}" for side in pointers for axis in ("batch", "frame", "pixel")]
-    aligned = [*pointers, *strides]
+    kernel, pointers, constants, floats, warps = KERNELS[name][0]("bf16")
+    aligned = [*pointers, *(name for name in kernel.arg_names if name.endswith(("_batch", "_frame", "_pixel")))]
     ptx = compiled(kernel, pointers, constants, floats, card="sm_90", aligned=aligned, num_warps=warps).asm["ptx"]
     moves = re.findall(r"(?:ld|st)\.global\S*", ptx)
     assert {move[:2] for move in moves} == {"ld", "st"} and all(move.endswith(".v4.b32") for move in moves)

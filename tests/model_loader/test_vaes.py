@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pack.model_loader import turbo_vae
+from pack.model_loader import turbo_pieces, turbo_vae
 from pack.model_loader.core_vae import VideoVAE, resample
 from pack.model_loader.turbo_vae import TurboVAE
 
@@ -156,18 +156,18 @@ def test_turbo_layers_run_in_pieces_of_any_size(turbo, monkeypatch):
         latent = torch.randn(1, 48, 5, 2, 3)
         whole = decoder.decode(latent)
         with monkeypatch.context() as patch:
-            patch.setattr(turbo_vae, "PIECE_BYTES", 1)
+            patch.setattr(turbo_pieces, "PIECE_BYTES", 1)
             torch.testing.assert_close(decoder.decode(latent), whole, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("piece_bytes", [1, turbo_vae.PIECE_BYTES])
+@pytest.mark.parametrize("piece_bytes", [1, turbo_pieces.PIECE_BYTES])
 def test_turbo_keeps_channels_last_all_the_way(turbo, monkeypatch, piece_bytes):
     """As on an NVIDIA card: where one layer got its pixels side by side, it and what follows would convert them."""
     assert turbo_vae.preferred_format(torch.device("cuda")) == torch.channels_last_3d or torch.version.hip
     latent = torch.randn(1, 48, 5, 2, 3)
     expected = turbo.decode(latent)
-    monkeypatch.setattr(turbo_vae, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(turbo_pieces, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(turbo_vae, "preferred_format", lambda device: torch.channels_last_3d)
     formats = {torch.nn.Conv2d: torch.channels_last, torch.nn.Conv3d: torch.channels_last_3d}
     convolutions = {name: module for name, module in turbo.named_modules() if type(module) in formats}
@@ -189,6 +189,31 @@ def test_turbo_decodes_two_clips_as_each_alone_in_either_format(turbo, monkeypat
     for memory_format in (torch.contiguous_format, torch.channels_last_3d):
         monkeypatch.setattr(turbo_vae, "preferred_format", lambda device, chosen=memory_format: chosen)
         torch.testing.assert_close(turbo.decode(latent), alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("piece_bytes", [1, turbo_pieces.PIECE_BYTES])
+def test_turbo_adds_biases_in_passing_as_convolutions_add_them(turbo, monkeypatch, piece_bytes):
+    """As on an NVIDIA card, where the kernels that take biases serve."""
+    left_out = []
+    for decoder in (turbo, TurboVAE(replace(turbo.config, depthwise=(True,) * 5, unpatchify=False))):
+        latent = torch.randn(2, 48, 5, 2, 3)
+        expected = decoder.decode(latent)
+        residuals = [module for module in decoder.modules() if isinstance(module, turbo_vae.Residual)]
+        with monkeypatch.context() as patch:
+            patch.setattr(turbo_vae, "takes_biases", lambda x: True)
+            patch.setattr(turbo_vae, "Apart", lambda conv: left_out.append(conv) or turbo_pieces.Apart(conv))
+            patch.setattr(turbo_vae, "preferred_format", lambda device: torch.channels_last_3d)
+            patch.setattr(turbo_pieces, "PIECE_BYTES", piece_bytes)
+            torch.testing.assert_close(decoder.decode(latent), expected, rtol=0, atol=1e-5)
+            for residual in residuals:  # a bias counts, and once
+                residual.conv1.last.bias.add_(1)
+                residual.conv2.last.bias.add_(2)
+            shifted = decoder.decode(latent)
+        assert {id(conv) for conv in left_out} >= {id(r.conv1) for r in residuals} | {id(r.conv2) for r in residuals}
+        assert not any("_conv_forward" in vars(conv.last) for conv in left_out)
+        torch.testing.assert_close(shifted, decoder.decode(latent), rtol=0, atol=1e-4)
+        assert (shifted - expected).abs().max() > 0.1
 
 
 @torch.no_grad()
