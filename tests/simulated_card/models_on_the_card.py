@@ -55,13 +55,16 @@ runpy.run_path(str(HERE.parents[1] / "as_package.py"))["load_pack"]()
 sys.path += [str(HERE.parent / "nodes"), str(HERE.parent / "model_loader")]
 from gguf_on_disk import write  # noqa: E402
 from pack.kernels import dispatch  # noqa: E402
-from pack.model_loader import dit_layers  # noqa: E402
+from pack.model_loader import dit_layers, turbo_pieces, turbo_vae  # noqa: E402
+from pack.model_loader.config import TURBO_7_7  # noqa: E402
 from pack.model_loader.dit import DiT  # noqa: E402
 from pack.model_loader.load import load_dit, published_tensors, save_part  # noqa: E402
+from pack.model_loader.turbo_vae import TurboVAE  # noqa: E402
 from pack.nodes import core_files, weight_dtypes  # noqa: E402
 from pack.nodes.files import NANO_WEIGHTS  # noqa: E402
 from pack.nodes.loaders import LoadModel  # noqa: E402
 from pack.nodes.speed import with_compiled_layers  # noqa: E402
+from pack.nodes.vae import load_video  # noqa: E402
 from quantised_checks import make_lora  # noqa: E402
 
 weight_dtypes.cpu_multiplies_bf16 = lambda: True  # bf16 everywhere, whatever this processor does by itself
@@ -111,6 +114,7 @@ def check_mapping(kind, model):
 
 def kinds_of_weights(lora):
     """Yield (name, latents) of every kind of weights: plain, with a LoRA, without it again, and as core saved both."""
+    yield "decoded", decoded()
     for kind in ("bf16", "int8", "fp8_e4m3fn", "fp8_e4m3fn_fast", "gguf"):
         file, weight_dtype = (BLOCKS, "default") if kind == "gguf" else (FILE, kind)
         model = LoadModel.execute(file, weight_dtype).args[0]
@@ -131,9 +135,22 @@ def kinds_of_weights(lora):
         comfy.model_management.unload_all_models()
 
 
+def decoded():
+    """Return the frames of a tiny TurboVAED of random weights, and how many convolutions left out their biases."""
+    config = replace(
+        TURBO_7_7, block_out_channels=(24, 16, 12, 8), layers_per_block=(1,) * 5, first_chunk_size=2, step_size=1
+    )
+    torch.manual_seed(3)
+    save_part(files_folder / "turbo.safetensors", TurboVAE(config), "video_vae", config, "turbo")
+    apart, turbo_vae.Apart = [], lambda conv: apart.append(conv) or turbo_pieces.Apart(conv)
+    latent = torch.randn(1, 48, 3, 2, 3, generator=torch.manual_seed(4))
+    return load_video(files_folder / "turbo.safetensors").decode(latent).float().cpu(), torch.tensor(len(apart))
+
+
 def kernels():
     """Yield (name, latents) with our kernels, and of layers that dynamo splits as for torch.compile."""
     assert dispatch.triton_kernels() is not None
+    yield "decoded", decoded()
     for kind in ("bf16", "int8", "fp8_e4m3fn_fast"):
         yield kind, sample(LoadModel.execute(FILE, kind).args[0])
         yield f"{kind}, compiled", sample(with_compiled_layers(LoadModel.execute(FILE, kind).args[0], backend="eager"))

@@ -37,7 +37,7 @@ def off(a, b):
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 def test_a_model_is_the_same_however_its_weights_are_managed(sampled, way):
     found, wanted = sampled[way], sampled["processor"]
-    assert found.keys() == wanted.keys() and len(found) == 29
+    assert found.keys() == wanted.keys() and len(found) == 30
     for kind in ("bf16", "int8", "fp8_e4m3fn", "gguf"):
         assert torch.equal(found[kind], wanted[kind]), kind
         assert torch.equal(found[f"{kind}, LoRA off"], wanted[kind]), kind
@@ -47,6 +47,7 @@ def test_a_model_is_the_same_however_its_weights_are_managed(sampled, way):
         assert off(found[f"{kind}, LoRA"], found[kind]) > 0.05, "the LoRA changes something"
         # On cards core adds LoRAs in fp16; to fp8 weights it adds them while they are wide, or rounds the sum.
         assert off(found[f"{kind}, LoRA"], wanted[f"{kind}, LoRA"]) < (0.04 if "fp8" in kind else 0.01), kind
+    assert off(found["decoded"][0], wanted["decoded"][0]) < 0.02
     for kind in ("bf16", "int8", "fp8_e4m3fn"):
         assert off(found[f"{kind}, saved"], wanted[f"{kind}, LoRA"]) < 0.01, "core saved the LoRA with the weights"
     assert torch.equal(found["fp8_e4m3fn_fast"], found["fp8_e4m3fn_fast, LoRA off"])
@@ -60,6 +61,9 @@ def test_our_kernels_run_in_comfyui_and_say_the_same(run_script, sampled, tmp_pa
     for kind, bound in (("bf16", 0.005), ("int8", 0.005), ("fp8_e4m3fn_fast", 0.05)):
         assert 0 < off(found[kind], wanted[kind.removesuffix("_fast")]) < bound, kind
         assert off(found[f"{kind}, compiled"], found[kind]) < bound, kind
+    (frames, apart), (expected, never) = found["decoded"], wanted["decoded"]
+    assert frames.shape == expected.shape and 0 < off(frames, expected) < 0.02
+    assert apart > 0 and never == 0, "biases are added in passing where our kernels serve, and only there"
 
 
 def frames_of(output):
