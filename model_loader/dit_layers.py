@@ -127,6 +127,8 @@ def linear(in_features, out_features, experts, *, operations, **factory):
 def holding(operations):
     """Return held(linears, device), inside of which linears keep what they would bring for every piece anew.
 
+    A single piece needs none: it would take the memory for nothing.
+
     `operations` may have one, as HELD; torch's own Linears need none, and compiled layers do without.
     """
     held = getattr(operations, "HELD", None)
@@ -194,7 +196,7 @@ class Attention(nn.Module):
             gate = x.new_empty(batch, tokens, heads)
             places = zip(*(split(whole, pieces, 2) for whole in (q, k, v)), split(gate, pieces), strict=True)
             for expert, run in by_expert(pieces, parts, places):
-                with self.held([of_expert(self.linear_qkv, expert)], x.device):
+                with self.held([of_expert(self.linear_qkv, expert)] * (len(run) > 1), x.device):
                     for part, place in run:
                         self.inputs(*part, out=place)
         return attend(q, k, v, layout, self.radius), gate
@@ -250,7 +252,7 @@ class Layer(nn.Module):
         result = torch.empty_like(x)
         linears = (self.attention.linear_proj, self.mlp.up_gate_proj, self.mlp.down_proj)
         for expert, run in by_expert(pieces, parts, split(result, pieces)):
-            with self.attention.held([of_expert(layer, expert) for layer in linears], x.device):
+            with self.attention.held([of_expert(layer, expert) for layer in linears if len(run) > 1], x.device):
                 for part, place in run:
                     self.rest(*part, result=place)
         return result

@@ -1,7 +1,9 @@
 """The transformer as a whole: batches, experts, dtypes, gradients, refusals. Exactness is test_golden's."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
 from pack.model_loader.fp8_linear import with_fp8_linears
 from pack.model_loader.load import load_dit, load_text_encoder, tokenizer_json
+from pack.model_loader.tokens import TokenLayout
 from pack.sampler.denoise import seeded_noise
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,6 +87,25 @@ def test_pieces_hold_at_most_so_many_tokens_of_one_expert(monkeypatch, experts):
     assert experts == 1 or [piece[2] for piece in pieces] == [0, 0, 0, 4]
     assert dit_layers.cut((5, 0, 4), experts) == ([(9,)] if experts == 1 else [(5, 0, 4)])
     assert dit_layers.cut((5, 0, 4), experts, True) == ([(9,)] if experts == 1 else [(5, 0, 0), (0, 0, 4)])
+
+
+@torch.no_grad()
+def test_weights_are_held_for_several_pieces_only(dit, clip, monkeypatch):
+    held = []
+
+    @contextlib.contextmanager
+    def hold(linears, device):
+        held.append(len(linears))
+        yield
+
+    network = DiT(dit.config, operations=SimpleNamespace(Linear=torch.nn.Linear, HELD=hold)).eval()
+    network.load_state_dict(dit.state_dict())
+    spans = TokenLayout.of(*clip).spans
+    monkeypatch.setattr(dit_layers, "PIECE", max(spans))
+    network(*clip)
+    experts, shared = len(dit.config.expert_layers), dit.config.num_layers - len(dit.config.expert_layers)
+    assert held.count(0) == 2 * experts * sum(span > 0 for span in spans)  # one piece for each modality
+    assert held.count(1) == held.count(3) == shared
 
 
 @pytest.mark.parametrize("name", ["dit", "sr_dit"])
