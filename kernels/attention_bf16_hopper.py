@@ -40,10 +40,11 @@ def soften(scores, scale, largest, total):
 
 @gluon.jit
 def serve_queries(
-    part, q, out, query_tile, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
+    part, q, out, query_tiles, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
     q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, `part` 0 or 1."""
+    query_tile = query_tiles.index(part)
     ROWS: gl.constexpr = query_tile.shape[0]
     HEAD_DIM: gl.constexpr = query_tile.shape[1]
     BLOCK_KEYS: gl.constexpr = key_tiles.shape[1]

@@ -58,6 +58,10 @@ def attention_kernel(
         mbarrier.init(values_full.index(stage), count=1)
         mbarrier.init(keys_empty.index(stage), count=2)
         mbarrier.init(values_empty.index(stage), count=2)
+    loader = (
+        keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
+        row_of_keys, row_of_values, blocks, near, near_end, far, tokens, FP8_PRODUCTS, BLOCK_KEYS, STAGES,
+    )  # fmt: skip
     if FP8_PRODUCTS:
         row = (batch * query_heads + head).to(gl.int64)
         query_scale += row * tokens
@@ -68,49 +72,22 @@ def attention_kernel(
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
         ones.store(gl.full([8, BLOCK_KEYS], ONE, gl.int8, layout=LAYOUT).to(dtype, bitcast=True))
         fence_async_shared()
-        gl.warp_specialize(
-            [
-                (serve_fp8, (
-                    0, q, query_scale, value_scale, out, query_tiles.index(0), key_tiles, value_tiles, ones,
-                    keys_full, values_full, keys_empty, values_empty,
-                    q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale,
-                    STAGES,
-                )),
-                (serve_fp8, (
-                    1, q, query_scale, value_scale, out, query_tiles.index(1), key_tiles, value_tiles, ones,
-                    keys_full, values_full, keys_empty, values_empty,
-                    q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale,
-                    STAGES,
-                )),
-                (load_blocks, (
-                    keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
-                    row_of_keys, row_of_values, blocks, near, near_end, far, tokens, True, BLOCK_KEYS, STAGES,
-                )),
-            ],
-            [4, 1],
-            [240, 24],
+        arguments = (
+            q, query_scale, value_scale, out, query_tiles, key_tiles, value_tiles, ones,
+            keys_full, values_full, keys_empty, values_empty,
+            q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale, STAGES,
         )  # fmt: skip
+        gl.warp_specialize(
+            [(serve_fp8, (0,) + arguments), (serve_fp8, (1,) + arguments), (load_blocks, loader)], [4, 1], [240, 24]
+        )
     else:
-        gl.warp_specialize(
-            [
-                (serve_bf16, (
-                    0, q, out, query_tiles.index(0), key_tiles, value_tiles,
-                    keys_full, values_full, keys_empty, values_empty,
-                    q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale, STAGES,
-                )),
-                (serve_bf16, (
-                    1, q, out, query_tiles.index(1), key_tiles, value_tiles,
-                    keys_full, values_full, keys_empty, values_empty,
-                    q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale, STAGES,
-                )),
-                (load_blocks, (
-                    keys, values, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
-                    row_of_keys, row_of_values, blocks, near, near_end, far, tokens, False, BLOCK_KEYS, STAGES,
-                )),
-            ],
-            [4, 1],
-            [240, 24],
+        arguments = (
+            q, out, query_tiles, key_tiles, value_tiles, keys_full, values_full, keys_empty, values_empty,
+            q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale, STAGES,
         )  # fmt: skip
+        gl.warp_specialize(
+            [(serve_bf16, (0,) + arguments), (serve_bf16, (1,) + arguments), (load_blocks, loader)], [4, 1], [240, 24]
+        )
 
 
 def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False, out=None):
