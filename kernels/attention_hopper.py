@@ -68,7 +68,7 @@ def attention_kernel(
         value_scale += key_head * HEAD_DIM
         ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK_KEYS], dtype)
         ones = gl.allocate_shared_memory(dtype, [8, BLOCK_KEYS], ONES)
-        # As bytes: the assembler of CUDA 12.9 gets a constant 1.0 wrong that becomes four numbers of e4m3.
+        # As bytes: the assembler of CUDA 12.8 gets a constant 1.0 wrong that becomes four numbers of e4m3.
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
         ones.store(gl.full([8, BLOCK_KEYS], ONE, gl.int8, layout=LAYOUT).to(dtype, bitcast=True))
         fence_async_shared()
