@@ -104,8 +104,12 @@ def held_bytes(config):
 
 
 def sampling_bytes(config, tokens):
-    """Return the peak bytes beyond weights while ComfyUI samples so many tokens: a forward's, and latents."""
-    held = held_bytes(config) if tokens > PIECE else 0
+    """Return the peak bytes beyond weights while ComfyUI samples so many tokens: a forward's, and latents.
+
+    A clip whose video alone is one piece passes its experts without weights being held, and the layers that are shared
+    in two pieces with them, which takes less.
+    """
+    held = held_bytes(config) if tokens > PIECE + TEXT_TOKENS else 0
     latents = int(tokens) * config.video_in_channels * 4 * LATENT_COPIES
     return activation_bytes(config, tokens) + held + latents
 

@@ -35,6 +35,9 @@ def test_activations_of_1080p_are_below_6_gb_and_grow_with_the_tokens():
     assert activation_bytes(DISTILL, tokens) == pytest.approx(4.90 * GB, rel=0.01)
     held = 2 * 5120 * (5120 + 2 * 13652 + 13652)
     assert sampling_bytes(DISTILL, tokens) == pytest.approx((4.90 + 0.97) * GB + held, rel=0.01), "with latents"
+    short = token_count(448, 256, 32, 126)
+    latents = short * 192 * 4 * 19
+    assert sampling_bytes(DISTILL, short) == activation_bytes(DISTILL, short) + latents, "no weights are held"
     assert activation_bytes(DISTILL, 2 * tokens) < 2 * activation_bytes(DISTILL, tokens)
 
 
