@@ -80,6 +80,8 @@ def test_attention_on_hopper_keeps_its_products_asynchronous_and_its_numbers_in_
     assert products.count("8") == (2 * 2 * 4 if fp8 else 0)  # with ones: the sums of the weights
     fresh = re.findall(r"wgmma\.mma_async.*%rd\d+, 0, 1, 1(?:, [01])?;", result.asm["ptx"])  # that start at 0
     assert len(fresh) == 2 * (6 if fp8 else 2)  # of both warpgroups; fp8's values and ones start anew for every block
+    from_shared = re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, %rd\d+, %rd\d+,", result.asm["ptx"])
+    assert len(from_shared) == (2 * 2 * 4 if fp8 else 0)  # bf16's queries stay in registers: 4 % of an H200's time
     assert ("943208504" in result.asm["ptx"]) == fp8  # four ones as bytes, which the assembler cannot convert wrongly
     command = [ptxas.with_name("nvdisasm"), "-c", tmp_path / "attention.cubin"]
     loops = loops_with_products(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

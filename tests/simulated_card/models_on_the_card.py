@@ -84,6 +84,18 @@ def write_files():
     return make_lora(network)[0]
 
 
+def recording_cuts():
+    """Have every cut of a sequence write down whether short ones are to be cut too; return where."""
+    asked, cut = [], dit_layers.cut
+
+    def recorded(spans, experts, short_too=False):
+        asked.append(short_too)
+        return cut(spans, experts, short_too)
+
+    dit_layers.cut = recorded
+    return asked
+
+
 def sample(model):
     """Return the latent of three Euler steps, packed, as core samples."""
     from pack.nodes.conditioning import EmptyLatent
@@ -157,5 +169,7 @@ def kernels():
 
 
 with torch.inference_mode():
-    a_lora = write_files()
-    torch.save(dict(kernels() if mode == "kernels" else kinds_of_weights(a_lora)), results_file)
+    a_lora, asked = write_files(), recording_cuts()
+    found = dict(kernels() if mode == "kernels" else kinds_of_weights(a_lora))
+    assert asked and set(asked) == {mode != "processor"}, "short clips are cut between experts on cards, and only there"
+    torch.save(found, results_file)
