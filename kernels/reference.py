@@ -62,19 +62,20 @@ def swiglu7(x, out_dtype=None, padded=False):
     x [..., 2M] -> [..., M] as `out_dtype` (default: x's dtype), or with zeros up to a multiple of 16 columns where
     `padded`; computed in fp32.
     """
-    gate, linear = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    gated = sigmoid_gelu(gate.clamp(max=7)).mul_(linear.clamp(-7, 7).add_(1))
+    gate, linear = x.unflatten(-1, (-1, 2)).unbind(-1)
+    gated = sigmoid_gelu(gate.clamp(max=7)).mul_(linear.clamp(-7, 7).float().add_(1))
     return narrowed(gated, out_dtype or x.dtype, padded)
 
 
 def gelu7(x, out_dtype=None, padded=False):
     """Sigmoid-approximated GELU, clamped at 7 from above: x [...] -> [...], `padded` as in swiglu7; in fp32."""
-    return narrowed(sigmoid_gelu(x.float().clamp(max=7)), out_dtype or x.dtype, padded)
+    return narrowed(sigmoid_gelu(x.clamp(max=7)), out_dtype or x.dtype, padded)
 
 
-def sigmoid_gelu(wide):
-    """x * sigmoid(1.702 x), in fp32."""
-    return F.silu(1.702 * wide).mul_(1 / 1.702)
+def sigmoid_gelu(x):
+    """x * sigmoid(1.702 x), in fp32; without gradients in x itself if that is fp32."""
+    wide = x.float().mul_(1.702)
+    return F.silu(wide, inplace=not torch.is_grad_enabled()).mul_(1 / 1.702)
 
 
 def rotate(x, sin_cos):

@@ -53,14 +53,15 @@ def local_attention(q, k, v, layout, radius, attend=grouped_attention):
         return attend(q, k, v)
     frame, video = layout.frame, layout.video
     k_rest, v_rest = k[:, :, video:], v[:, :, video:]
-    out = []
+    out = torch.empty_like(q)
     for f, (first, last) in enumerate(frame_windows(layout.frames, radius)):
         near = slice(first * frame, last * frame)
         keys = torch.cat([k[:, :, near], k_rest], dim=2)
         values = torch.cat([v[:, :, near], v_rest], dim=2)
-        out.append(attend(q[:, :, f * frame : (f + 1) * frame], keys, values))
-    out.append(attend(q[:, :, video:], k, v))
-    return torch.cat(out, dim=2)
+        queries = slice(f * frame, (f + 1) * frame)
+        out[:, :, queries] = attend(q[:, :, queries], keys, values)
+    out[:, :, video:] = attend(q[:, :, video:], k, v)
+    return out
 
 
 def by_frames(attend):

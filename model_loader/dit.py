@@ -54,9 +54,9 @@ class DiT(nn.Module):
             return x
 
         x, layers = self.adapter(patchify(video), audio, text), list(self.block.layers)
-        if step_cache is not None:  # at the cost of holding on to what enters the middle layers
-            entered = run(layers[: self.middle.start], x)
-            x = step_cache(entered - x, entered, functools.partial(run, layers[self.middle]))
+        if step_cache is not None:  # at the cost of holding on to what enters: layers write into x, so they get copies
+            entered = run(layers[: self.middle.start], x.clone())
+            x = step_cache(entered - x, entered, lambda x: run(layers[self.middle], x.clone()))
             del entered
             layers = layers[self.middle.stop :]
         for layer in layers:

@@ -3,11 +3,11 @@
 Tokens travel as x [B, N, D] in the order video, audio, text; `layout.spans` are the three lengths. The residual stream
 is fp32, matmuls and attention run in the linears' dtype, norms, rotation, gate and activation in fp32.
 
-Long sequences pass the linears in pieces, so that no wide row exists for every token at once. A 1080p clip has N =
-65,706 tokens: x takes 1.35 GB, one bf16 [N, D] 0.67, q, k and v together 0.94; an unsplit MLP would take 5.4 more (up
-3.6, activation 1.8), a piece of 4,096 tokens takes 0.34. Peaks in GB, with the layer's input, which the caller holds:
-x 1.35 + q, k, v 0.94 + attention's output 0.67 = 3.0; x 1.35 + attention's output 0.67 + the layer's output 1.35 + what
-one piece takes from the gate to the MLP, in plain torch at most 1.5 = 4.9, the highest.
+Long sequences pass the linears in pieces, so that no wide row exists for every token at once, and a layer writes what
+comes out into x. A 1080p clip has N = 65,706 tokens: x takes 1.35 GB, one bf16 [N, D] 0.67, q, k and v together 0.94;
+an unsplit MLP would take 5.4 more (up 3.6, activation 1.8), a piece of 4,096 tokens takes 0.34. Peaks in GB: in
+attention x 1.35 + q, k, v 0.94 + its output 0.67 = 3.0, in local layers 0.2 more for a window's keys; after it x 1.35 +
+attention's output 0.67 + what one piece takes from the gate to the MLP, in plain torch 0.9 = 2.9.
 """
 
 import contextlib
@@ -243,22 +243,24 @@ class Layer(nn.Module):
         self.mlp = MLP(config, layer, **factory)
 
     def forward(self, x, layout, rotary, attend):
-        """x [B, N, D] fp32 -> the same; rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`."""
+        """x [B, N, D] fp32 -> the same, in x itself if it is cut into pieces and needs no gradient.
+
+        rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`.
+        """
         out, gate = self.attention(x, layout, rotary, attend)
         pieces = cut(layout.spans, self.attention.experts, x.is_cuda)
         parts = zip(split(x, pieces), split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
         if in_one_go(pieces):
             return join([self.rest(*part) for part in parts])
-        result = torch.empty_like(x)
         linears = (self.attention.linear_proj, self.mlp.up_gate_proj, self.mlp.down_proj)
-        for expert, run in by_expert(pieces, parts, split(result, pieces)):
+        for expert, run in by_expert(pieces, parts):
             with self.attention.held([of_expert(layer, expert) for layer in linears if len(run) > 1], x.device):
-                for part, place in run:
-                    self.rest(*part, result=place)
-        return result
+                for (part,) in run:
+                    self.rest(*part, result=part[0])
+        return x
 
     def rest(self, x, out, gate, spans, result=None):
-        """Return one piece of x after attention and MLP; `result` takes it if given."""
+        """Return one piece of x after attention and MLP; `result` takes it if given, which may be x."""
         change = self.attention.project(out, gate, spans)
         total, normed = self.mlp.pre_norm.of_sum(x, change, spans, self.mlp.dtype)
         return add(total, self.mlp(normed, spans), result)

@@ -16,10 +16,11 @@ LINEAR_BYTES = {
     "fp32": 4,
 }  # a weight of the linear layers; the rest has a dtype of its own
 TEXT_TOKENS = 640  # at most
-# Peak of one forward in plain torch, in bytes for every hidden channel of every token (residual, queries, keys, values,
-# outputs), and of the tokens that pass the linears at a time (model_loader/dit_layers.py): 4.9 GB for five seconds of
-# 1080p. Counted tensor by tensor by `benchmarks.memory --check`.
-TOKEN_BYTES, PIECE_BYTES, PIECE = 10.2, 69, 4096
+# Peak of one forward in plain torch, in bytes for every hidden channel of every token: in attention, which holds the
+# residual, queries, keys, values and outputs; or after it, with the residual, outputs and what the tokens that pass the
+# linears at a time take (model_loader/dit_layers.py). 3.2 GB for five seconds of 1080p. Counted tensor by tensor by
+# `benchmarks.memory --check`.
+ATTENTION_BYTES, TOKEN_BYTES, PIECE_BYTES, PIECE = 9.6, 6.3, 44, 4096
 # fp32 copies of the latent that ComfyUI's sampling and our solver hold beside a forward, such as noise, start and
 # estimates: 0.9 GB for 1080p super-resolution (benchmarks.budgets).
 LATENT_COPIES = 19
@@ -88,7 +89,8 @@ def token_count(width, height, frames, audio):
 
 def activation_bytes(config, tokens):
     """Return the peak bytes of activations in one forward of a DiT (DiTConfig) over so many tokens."""
-    return config.hidden_size * int(tokens * TOKEN_BYTES + min(tokens, PIECE) * PIECE_BYTES)
+    linears = tokens * TOKEN_BYTES + min(tokens, PIECE) * PIECE_BYTES
+    return config.hidden_size * int(max(tokens * ATTENTION_BYTES, linears))
 
 
 def held_bytes(config):
