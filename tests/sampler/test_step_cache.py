@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from pack.model_loader import dit_layers
 from pack.model_loader.dit import DiT
+from pack.model_loader.tokens import patchify
 from pack.nano.train_dit import CONFIG, initialise
 from pack.sampler.step_cache import StepCache
 
@@ -43,7 +45,11 @@ def test_zero_skips_nothing():
     assert "nothing skipped in 2" in cache.report()
 
 
-def test_a_dit_whose_middle_always_runs_is_unchanged():
+@pytest.mark.parametrize("piece", [4096, 5])
+@torch.no_grad()
+def test_a_dit_whose_middle_always_runs_is_unchanged(piece, monkeypatch):
+    """In pieces too, with which layers write into what they are given."""
+    monkeypatch.setattr(dit_layers, "PIECE", piece)
     torch.manual_seed(0)
     dit = initialise(DiT(CONFIG, dtype=torch.float32)).requires_grad_(False)
     torch.nn.init.normal_(dit.final_linear_video.weight, std=0.1)
@@ -52,7 +58,11 @@ def test_a_dit_whose_middle_always_runs_is_unchanged():
 
     def always(change, x, middle):
         seen.append((change.shape, x.shape))
-        return middle(x)
+        before = change.clone(), x.clone()
+        out = middle(x)
+        assert torch.equal(change, before[0]) and torch.equal(x, before[1]) and not torch.equal(x, out)
+        torch.testing.assert_close(x - change, dit.adapter(patchify(inputs[0]), *inputs[1:]))
+        return out
 
     for a, b in zip(dit(*inputs), dit(*inputs, step_cache=always), strict=True):
         assert torch.equal(a, b)
