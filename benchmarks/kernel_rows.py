@@ -53,12 +53,15 @@ def rows(size, device):
         moved = tokens * (2 * inputs + out_bytes * outputs)
         return Row(op, f"to {name_of(out_dtype)}", (draw(1, tokens, inputs), out_dtype), moved)
 
-    def inputs():
+    def inputs(fp8):
         angles = draw(tokens, 3 * (HEAD_DIM // 8), dtype=torch.float32)
         sin_cos = torch.cat([angles.sin(), angles.cos()], dim=1)
         weights = draw(3, HEAD_DIM), draw(3, HEAD_DIM)
-        moved = tokens * (2 * ROWS + 2 * (ROWS - HEADS[0]) + 4 * HEADS[0]) + sin_cos.nbytes
-        return Row("attention_inputs", "bf16", (draw(1, tokens, ROWS), *weights, spans, sin_cos, HEADS), moved)
+        q_and_k, v = sum(HEADS) * HEAD_DIM, HEADS[1] * HEAD_DIM
+        written = (q_and_k + 4 * HEADS[0] if fp8 else 2 * q_and_k) + 2 * v + 4 * HEADS[0]
+        arguments = (draw(1, tokens, ROWS), *weights, spans, sin_cos, HEADS, 1e-6, None, fp8)
+        moved = tokens * (2 * ROWS + written) + sin_cos.nbytes
+        return Row("attention_inputs", f"to {'fp8' if fp8 else 'bf16'}", arguments, moved)
 
     def gate(out_dtype, out_bytes):
         gates = torch.rand(1, tokens, HEADS[0], device=device)
@@ -93,7 +96,8 @@ def rows(size, device):
         yield lambda out=out: activation("swiglu7", 2 * GATED, GATED, *out)
         yield lambda out=out: activation("gelu7", PLAIN, PLAIN, *out)
         yield lambda out=out: gate(*out)
-    yield inputs
+    yield lambda: inputs(False)
+    yield lambda: inputs(True)
     yield decoder_norm
     yield decoder_add
     yield add

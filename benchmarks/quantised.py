@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import FP8
-from ..kernels.reference import dequantised, fp8_weights
+from ..kernels.reference import fp8_weights
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.fp8_linear import with_fp8_linears
 from ..model_loader.load import fill
@@ -43,16 +43,18 @@ WAYS = (
 def in_every_way(network):
     """Return a DiT in bf16 by each of the WAYS."""
     narrow = with_fp8_linears(network)
-    attention = (partial(way, attention=fp8_attention) for way in (network, narrow))
+    attention = (partial(way, attention=rounding_weights, fp8_attention=True) for way in (network, narrow))
     int8 = with_rounded_weights(network, int8_rows)
     return int8, with_int8_inputs(int8), with_rounded_weights(network, fp8_rows), narrow, *attention
 
 
-def fp8_attention(q, k, v):
-    """Return `reference.attention` as kernels/attention_fp8_hopper.py computes it, but in one block of keys."""
-    wide_q, wide_k, wide_v = dequantised(q.float(), -1), dequantised(k.float(), (2, 3)), dequantised(v.float(), 2)
-    wide_k, wide_v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (wide_k, wide_v))
-    scores = wide_q @ wide_k.mT * (q.shape[-1] ** -0.5 / math.log(2))
+def rounding_weights(q, k, v):
+    """Return attention of what fp8 leaves of q, k and v, weights as kernels/attention_fp8_hopper.py rounds them.
+
+    It takes all keys for one block.
+    """
+    wide_k, wide_v = (heads.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
+    scores = q.float() @ wide_k.mT * (q.shape[-1] ** -0.5 / math.log(2))
     weights = fp8_weights(scores - scores.amax(-1, keepdim=True) + 8.75)
     return (weights @ wide_v / weights.sum(-1, keepdim=True)).to(q.dtype)
 

@@ -1,7 +1,6 @@
 """The networks' part of the table: one layer, whole stages with random weights of the full size, and the decoder."""
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,7 +99,7 @@ def layer_call(config, layout, layer, way, device):
     network = randomise(Layer(config, layer, **factory))
     rotary = rotary_table(layout, config.positions, config.head_dim, device)
     x = torch.randn(1, sum(layout.spans), config.hidden_size, device=device)
-    return lambda: network(x, layout, rotary, partial(joint_attention, fp8=fp8_attention))
+    return lambda: network(x, layout, rotary, joint_attention, fp8_attention)
 
 
 def layer_cells(config, layout, layer, way, device, rates):

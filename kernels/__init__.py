@@ -19,7 +19,7 @@ from .dispatch import (
 )
 from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
 from .fp8_matmul import fp8_linear
-from .reference import memory_format_of, repeat_ends
+from .reference import empty_attention_inputs, memory_format_of, multiplied_out, repeat_ends
 
 __all__ = [
     "FP8",
@@ -30,10 +30,12 @@ __all__ = [
     "attention_inputs",
     "attention_kernel",
     "channel_norm",
+    "empty_attention_inputs",
     "fp8_linear",
     "gate_heads",
     "gelu7",
     "memory_format_of",
+    "multiplied_out",
     "quantise_rows",
     "quantise_weight",
     "renoise_step",

@@ -1,4 +1,4 @@
-"""Attention in Triton with both products in fp8, full or within windows of frames, and what turns q, k, v into fp8."""
+"""Attention in Triton with both products in fp8, full or within windows of frames, and what turns values into fp8."""
 
 import torch
 import triton
@@ -15,53 +15,19 @@ KEY_MULTIPLE = 32  # keys change places in groups of so many, see `values_kernel
 
 @triton.jit
 def largest_kernel(
-    k, v, key_largest, value_largest,
-    k_batch, k_head, k_token, v_batch, v_head, v_token,
-    heads, tokens,
-    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Raise key_largest [batch, heads] and value_largest [batch, heads, HEAD_DIM], 0 before, to the largest magnitudes.
+    x, largest, x_batch, x_head, x_token, heads, tokens, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr
+):
+    """Raise largest [batch, heads, HEAD_DIM], 0 before, to the largest magnitudes of the columns of values x.
 
-    k and v [batch, heads, tokens, HEAD_DIM]; of k's a head's, of v's a column's. Each program sees BLOCK_TOKENS tokens.
+    x [batch, heads, tokens, HEAD_DIM]; each program sees BLOCK_TOKENS tokens of one head.
     """
     head = tl.program_id(1) % heads
     batch = tl.program_id(1) // heads
     token = (tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
     column = tl.arange(0, HEAD_DIM)
-    inside = (token < tokens)[:, None]
-    k_at = tl.multiple_of(batch.to(tl.int64) * k_batch + head.to(tl.int64) * k_head + token * k_token, 8)
-    v_at = tl.multiple_of(batch.to(tl.int64) * v_batch + head.to(tl.int64) * v_head + token * v_token, 8)
-    keys = tl.abs(tl.load(k + k_at[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32))
-    values = tl.abs(tl.load(v + v_at[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32))
-    tl.atomic_max(key_largest + tl.program_id(1), tl.max(tl.max(keys, axis=1), axis=0), sem="relaxed")
-    tl.atomic_max(value_largest + tl.program_id(1) * HEAD_DIM + column, tl.max(values, axis=0), sem="relaxed")
-
-
-@triton.jit
-def rows_kernel(
-    x, key_largest, out, scale,
-    x_batch, x_head, x_token,
-    heads, group, tokens, rows,
-    QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Quantise rows of x [batch, heads, tokens, HEAD_DIM], keys with one scale a head: `key_largest` / 448.
-
-    QUERIES: every row has a scale of its own, and what goes into `scale` is that times the scale of its keys.
-    """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    token, head, batch = row % tokens, (row // tokens) % heads, row // tokens // heads
-    column = tl.arange(0, HEAD_DIM)
-    inside = row < rows
-    at = tl.multiple_of(batch * x_batch + head * x_head + token * x_token, 8)
-    values = tl.load(x + at[:, None] + column[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    largest = tl.load(key_largest + batch * (heads // group) + head // group, mask=inside, other=1.0).to(tl.float32)
-    factor = tl.maximum(largest, 1e-12) / 448.0
-    if QUERIES:
-        own = tl.maximum(tl.max(tl.abs(values), axis=1), 1e-12) / 448.0
-        tl.store(scale + row, own * factor, mask=inside)
-        factor = own
-    quantised = (values / factor[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (row * HEAD_DIM)[:, None] + column[None, :], quantised, mask=inside[:, None])
+    at = tl.multiple_of(batch.to(tl.int64) * x_batch + head.to(tl.int64) * x_head + token * x_token, 8)
+    values = tl.load(x + at[:, None] + column[None, :], mask=(token < tokens)[:, None], other=0.0).to(tl.float32)
+    tl.atomic_max(largest + tl.program_id(1) * HEAD_DIM + column, tl.max(tl.abs(values), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -167,35 +133,22 @@ def attention_kernel(
     tl.store(out_row[:, None] + column[None, :], result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def quantised(q, k, v):
-    """Return q [B,Hq,N,d] as fp8 with scales [B,Hq,N], k as fp8, v as fp8 [B,Hkv,d,N rounded up] with scales [B,Hkv,d].
-
-    The scales of q are those of the scores: the scale of k is taken in.
-    """
-    (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
-    with torch.cuda.device_of(q):
-        largest = torch.zeros(batch * key_heads * (1 + head_dim), dtype=torch.float32, device=q.device)
-        key_largest, value_largest = largest.split((batch * key_heads, batch * key_heads * head_dim))
-        largest_kernel[(triton.cdiv(tokens, 128), batch * key_heads)](
-            k, v, key_largest, value_largest, *k.stride()[:3], *v.stride()[:3], key_heads, tokens,
-            HEAD_DIM=head_dim, BLOCK_TOKENS=128, num_warps=8,
-        )  # fmt: skip
-        query_scale = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        narrow_q, narrow_k = (torch.empty(x.shape, dtype=FP8, device=q.device) for x in (q, k))
-        for x, out, group, queries in ((q, narrow_q, heads // key_heads, True), (k, narrow_k, 1, False)):
-            rows = out.numel() // head_dim
-            rows_kernel[(triton.cdiv(rows, 64),)](
-                x, key_largest, out, query_scale, *x.stride()[:3], x.shape[1], group, tokens, rows,
-                QUERIES=queries, HEAD_DIM=head_dim, BLOCK_ROWS=64, num_warps=4,
-            )  # fmt: skip
-        padded = -(-tokens // KEY_MULTIPLE) * KEY_MULTIPLE
-        narrow_v = torch.empty((batch, key_heads, head_dim, padded), dtype=FP8, device=q.device)
-        value_scale = torch.empty((batch, key_heads, head_dim), dtype=torch.float32, device=q.device)
-        values_kernel[(triton.cdiv(padded, 128), batch * key_heads)](
-            v, value_largest, narrow_v, value_scale, *v.stride()[:3], padded, key_heads, tokens,
+def quantised_values(v):
+    """Return v [B, H, N, d] as fp8 [B, H, d, N rounded up], in the kernels' order of keys, and its scales [B, H, d]."""
+    batch, heads, tokens, head_dim = v.shape
+    padded = -(-tokens // KEY_MULTIPLE) * KEY_MULTIPLE
+    with torch.cuda.device_of(v):
+        largest = torch.zeros((batch, heads, head_dim), dtype=torch.float32, device=v.device)
+        largest_kernel[(triton.cdiv(tokens, 128), batch * heads)](
+            v, largest, *v.stride()[:3], heads, tokens, HEAD_DIM=head_dim, BLOCK_TOKENS=128, num_warps=8
+        )
+        narrow = torch.empty((batch, heads, head_dim, padded), dtype=FP8, device=v.device)
+        scale = torch.empty_like(largest)
+        values_kernel[(triton.cdiv(padded, 128), batch * heads)](
+            v, largest, narrow, scale, *v.stride()[:3], padded, heads, tokens,
             HEAD_DIM=head_dim, BLOCK_KEYS=128, num_warps=8,
         )  # fmt: skip
-    return narrow_q, query_scale, narrow_k, narrow_v, value_scale
+    return narrow, scale
 
 
 def blocks_of_queries(tokens, frame, frames, size):
@@ -203,18 +156,21 @@ def blocks_of_queries(tokens, frame, frames, size):
     return triton.cdiv(tokens - frames * frame, size) + frames * triton.cdiv(frame, size)
 
 
-def attention(q, k, v, frame=0, frames=0, radius=0, fp8=True, out=None):
-    """`reference.attention` with fp8, for bf16 q, k, v with heads of 128; `out` takes the result if given."""
-    assert fp8
+def attention(q, k, v, frame=0, frames=0, radius=0, out=None):
+    """`reference.attention` of q and k as `fp8.fp8_scores` gives them and bf16 v, with heads of 128.
+
+    `out` takes the result if given.
+    """
     (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    narrow_q, query_scale, narrow_k, narrow_v, value_scale = quantised(q, k, v)
-    keys = TensorDescriptor.from_tensor(narrow_k.view(-1, head_dim), [BLOCK_KEYS, head_dim])
+        out = torch.empty(q.shape, dtype=v.dtype, device=v.device)
+    assert q.values.is_contiguous() and q.scale.is_contiguous() and k.is_contiguous()
+    narrow_v, value_scale = quantised_values(v)
+    keys = TensorDescriptor.from_tensor(k.view(-1, head_dim), [BLOCK_KEYS, head_dim])
     values = TensorDescriptor.from_tensor(narrow_v.view(-1, narrow_v.shape[-1]), [head_dim, BLOCK_KEYS])
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(v):
         attention_kernel[(blocks_of_queries(tokens, frame, frames, BLOCK_QUERIES), batch * heads)](
-            narrow_q, query_scale, keys, values, value_scale, out, *out.stride()[:3],
+            q.values, q.scale, keys, values, value_scale, out, *out.stride()[:3],
             heads, heads // key_heads, tokens, frame, frames, radius, head_dim**-0.5 * LOG2_E,
             SHIFT=SHIFT, HEAD_DIM=head_dim, BLOCK_QUERIES=BLOCK_QUERIES, BLOCK_KEYS=BLOCK_KEYS,
             num_warps=4, num_stages=2,

@@ -13,8 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import attention_bf16_hopper, attention_fp8_hopper
-from .attention_fp8_triton import LOG2_E, blocks_of_queries, quantised
+from .attention_fp8_triton import LOG2_E, blocks_of_queries, quantised_values
 from .attention_tiles_hopper import blocks_of_range, load_blocks, range_of_block
+from .fp8 import Fp8Rows
 
 BLOCK_QUERIES, BLOCK_KEYS = 128, 128
 STAGES = 2  # tiles of keys and of values that are on their way or at work
@@ -90,13 +91,18 @@ def attention_kernel(
         )
 
 
-def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False, out=None):
-    """`reference.attention` of bf16 q, k, v with heads of 128; `out` takes the result if given."""
+def attention(q, k, v, frame=0, frames=0, radius=0, out=None):
+    """`reference.attention` with heads of 128: q, k, v in bf16, or q and k as `fp8.fp8_scores` gives them.
+
+    `out` takes the result if given.
+    """
     (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=v.dtype, device=v.device)
+    fp8 = isinstance(q, Fp8Rows)
     if fp8:
-        q, query_scale, k, v, value_scale = quantised(q, k, v)
+        assert q.scale.is_contiguous()
+        (q, query_scale), (v, value_scale) = q, quantised_values(v)
         value_rows, value_block, dtype = v.view(-1, v.shape[-1]), [head_dim, BLOCK_KEYS], gl.float8e4nv
     else:
         query_scale = value_scale = q

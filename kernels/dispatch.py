@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import reference
-from .fp8 import FP8
+from .fp8 import FP8, Fp8Rows, fp8_scores
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8_CAPABILITY = (8, 9)  # Ada and later multiply e4m3
@@ -48,7 +48,7 @@ class Limits:
 LIMITS = {
     "rms_norm": Limits(FLOATS, max_axes=4, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
     "activation": Limits(FLOATS, max_axes=4, max_columns=2**20, max_fp8_columns=2**16, min_capability=(8, 0)),
-    "attention_inputs": Limits(FLOATS, max_axes=3, max_columns=16384, max_fp8_columns=0, min_capability=(8, 0)),
+    "attention_inputs": Limits(FLOATS, max_axes=3, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
     "gate_heads": Limits(FLOATS, max_axes=4, max_columns=16384, max_fp8_columns=16384, min_capability=(8, 0)),
     "channel_norm": Limits(FLOATS, max_axes=5, max_columns=4096, max_fp8_columns=0, min_capability=(8, 0)),
     "add_channels": Limits(FLOATS, max_axes=5, max_columns=4096, max_fp8_columns=0, min_capability=(8, 0)),
@@ -106,7 +106,10 @@ def check_attention(kernel, fp8, device="cuda"):
     """Run an attention kernel on a few tokens; RuntimeError if the result is not the reference's."""
     random = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 300, ATTENTION_HEAD, generator=random, device=device).bfloat16()
-    found, wanted = kernel(q, k, v, fp8=fp8).float(), reference.attention(q.float(), k.float(), v.float())
+    wanted = reference.attention(q.float(), k.float(), v.float())
+    if fp8:
+        q, k = fp8_scores(q, k, k.abs().amax().float())
+    found = kernel(q, k, v).float()
     error = ((found - wanted).norm() / wanted.norm()).item()
     if not error < 0.1:
         raise RuntimeError(f"its result is off by {error:.0%}")
@@ -114,36 +117,47 @@ def check_attention(kernel, fp8, device="cuda"):
 
 @functools.cache
 def working_attention(capability, fp8):
-    """Return the quickest attention kernel that works on a card of this capability, or None; tried once a process.
-
-    torch.compile leaves it alone: it would write a kernel of Gluon's down as one of Triton's.
-    """
+    """Return the module with the quickest attention kernel that works on such a card, or None; tried once a process."""
     hopper = capability[0] == 9 and torch.version.hip is None
     candidates = ["attention_hopper"] * hopper + ["attention_fp8_triton"] * (fp8 and capability >= FP8_CAPABILITY)
     for name in candidates if triton_kernels() else ():
         try:
-            kernel = importlib.import_module(f".{name}", __package__).attention
-            check_attention(kernel, fp8)
+            check_attention(functools.partial(run_attention, name), fp8)
         except Exception as error:  # it asks for more than this Triton has, or this one compiles it wrongly
             reason = f"{type(error).__name__}: {error}"
             logging.warning(f"happyhorse-local: kernels/{name}.py does not work here ({reason}); another way is taken")
         else:
-            return torch.compiler.disable(kernel)
+            return name
     return None
 
 
-def attention_kernel(q, k, v, fp8=False):
+@torch.compiler.disable  # it would write a kernel of Gluon's down as one of Triton's
+def run_attention(name, *arguments, **options):
+    """Run the attention of one of the kernels' modules."""
+    return importlib.import_module(f".{name}", __package__).attention(*arguments, **options)
+
+
+@torch.compiler.assume_constant_result  # which it would not be with a cache of its own
+def attention_on(device, fp8):
+    """Return what `working_attention` does for a device."""
+    return working_attention(capability_of(device), fp8)
+
+
+def attention_kernel(q, k, v):
     """Return what computes `reference.attention` of q, k, v, or None: then torch has to, see model_loader.attention."""
+    fp8 = isinstance(q, Fp8Rows)
+    q, narrow = (q.values, FP8) if fp8 else (q, torch.bfloat16)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     served = not needs_gradient and all(
         tensor.is_cuda
-        and tensor.dtype == torch.bfloat16
+        and tensor.dtype == dtype
         and tensor.shape[-1] == ATTENTION_HEAD
         and tensor.stride(-1) == 1
         and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
-        for tensor in (q, k, v)
+        for tensor, dtype in ((q, narrow), (k, narrow), (v, torch.bfloat16))
     )
-    return working_attention(capability_of(q.device), fp8) if served else None
+    name = attention_on(q.device, fp8) if served else None
+    return None if name is None else functools.partial(run_attention, name)
 
 
 def why_no_fp8_attention(device, head_dim):
@@ -156,7 +170,7 @@ def why_no_fp8_attention(device, head_dim):
         return f"{name} does not multiply fp8 (compute capability {capability[0]}.{capability[1]}, it takes 8.9)"
     if head_dim != ATTENTION_HEAD:
         return f"the model's heads have {head_dim} columns, the kernel serves {ATTENTION_HEAD}"
-    if working_attention(capability, True) is None:
+    if attention_on(device, True) is None:
         return "Triton cannot run the kernel (ComfyUI's log says why)"
     return None
 
@@ -210,10 +224,12 @@ def gelu7(x, out_dtype=None, padded=False):
     return backend("activation", x, out_dtype=out_dtype).gelu7(x, out_dtype, padded)
 
 
-def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None):
+def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None, fp8=False):
     """See `reference.attention_inputs`; Triton serves at most three spans. `out` takes the four results if given."""
-    chosen = backend("attention_inputs", rows, q_weight, k_weight, sin_cos) if len(spans) <= 3 else reference
-    return chosen.attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps, out)
+    tensors = (rows, q_weight, k_weight, sin_cos)
+    served = len(spans) <= 3
+    chosen = backend("attention_inputs", *tensors, out_dtype=FP8 if fp8 else None) if served else reference
+    return chosen.attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps, out, fp8)
 
 
 def gate_heads(x, gate, out_dtype=None):

@@ -43,6 +43,17 @@ def quantise_rows(x):
     return Fp8Rows(values, scale)
 
 
+def fp8_scores(q, k, largest_key):
+    """Bring queries and keys into e4m3 for their products: q [..., d] to Fp8Rows, k [..., d] to a tensor.
+
+    A query has a scale of its own; all keys share one, by which `largest_key` [] is 448, and no number of theirs may be
+    larger. q's scales are those of its scores: the keys' is taken in.
+    """
+    key_scale = largest_key.clamp(min=1e-12) / FP8_MAX
+    scale = q.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    return Fp8Rows((q.float() / scale).to(FP8), scale * key_scale), (k.float() / key_scale).to(FP8)
+
+
 def dequantise_rows(rows, columns):
     """Return the first `columns` columns of Fp8Rows in fp32."""
     return rows.values[..., :columns].float() * rows.scale

@@ -38,7 +38,6 @@ def check(multiply, device="cuda"):
         raise RuntimeError(f"its result is off by {error:.0%}")
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def way_of(capability):
     """Return which of the WAYS works on a card of this capability, or None; tried once a process."""
@@ -58,11 +57,17 @@ def way_of(capability):
     return None
 
 
+@torch.compiler.assume_constant_result  # which it would not be with a cache of its own
+def way_on(device):
+    """Return what `way_of` does for a device."""
+    return way_of(capability_of(device))
+
+
 def fp8_linear(x, weight, out_features, out_dtype=torch.bfloat16):
     """See `reference.fp8_linear`; cards that multiply fp8 do so, others multiply the same values in bf16."""
     if not x.values.is_cuda:
         return reference.fp8_linear(x, weight, out_features, out_dtype)
-    way = way_of(capability_of(x.values.device))
+    way = way_on(x.values.device)
     if way is not None:  # a slice of rows as wide as the padded weight is high
         return WAYS[way](x, weight).unflatten(0, x.values.shape[:-1])[..., :out_features].to(out_dtype)
     columns = x.values.shape[-1]

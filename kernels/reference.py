@@ -6,7 +6,7 @@
 import torch
 import torch.nn.functional as F
 
-from .fp8 import FP8, FP8_MAX, padded_columns, quantise_rows
+from .fp8 import FP8, FP8_MAX, Fp8Rows, fp8_scores, padded_columns, quantise_rows
 
 ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu}  # of channel_norm
 CHANNEL_NORM_BYTES = 2**24  # of the frames that it works on at a time, in fp32; a frame of 1080p has more
@@ -90,26 +90,41 @@ def rotate(x, sin_cos):
     return torch.cat([*turned, rest], dim=-1).to(x.dtype)
 
 
-def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None):
+def attention_inputs(rows, q_weight, k_weight, spans, sin_cos, heads, eps=1e-6, out=None, fp8=False):
     """Turn the rows of the fused projection into what attention reads: q and k normed head by head and rotated.
 
     rows [B, N, (Hq + 2 Hkv) d + Hq] = queries, keys, values, one gate logit a query head; q_weight and k_weight [E, d]
     with one row for each of the `spans`; sin_cos as `rotate`; heads = (Hq, Hkv). Returns contiguous q [B, Hq, N, d],
     k and v [B, Hkv, N, d] in rows' dtype and the gate's sigmoid [B, N, Hq] fp32; computed in fp32. `out` takes them if
-    given.
+    given. fp8: q and k come as `fp8.fp8_scores` gives them; no normed and rotated key has a number above sqrt(d) times
+    its largest weight.
     """
     (query_heads, key_heads), head_dim = heads, q_weight.shape[-1]
     qk, v, gate = rows.split(((query_heads + key_heads) * head_dim, key_heads * head_dim, query_heads), dim=-1)
     weight = torch.stack([q_weight] * query_heads + [k_weight] * key_heads, dim=1)  # [E, Hq + Hkv, d]
     normed = rms_norm_spans(qk.unflatten(-1, (-1, head_dim)), weight, spans, eps, torch.float32)
-    q, k = rotate(normed, sin_cos).to(rows.dtype).split(heads, dim=2)
-    q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v.unflatten(-1, (-1, head_dim))))
-    made = q, k, v, torch.sigmoid(gate.float())
+    rotated = rotate(normed, sin_cos).transpose(1, 2)
+    q, k = (part.contiguous() for part in (rotated if fp8 else rotated.to(rows.dtype)).split(heads, dim=1))
+    if fp8:
+        q, k = fp8_scores(q, k, head_dim**0.5 * (k_weight.float() + 1).abs().amax())
+    made = q, k, v.unflatten(-1, (-1, head_dim)).transpose(1, 2).contiguous(), torch.sigmoid(gate.float())
     if out is None:
         return made
-    for place, tensor in zip(out, made, strict=True):
-        place.copy_(tensor)
+    for place, result in zip(out, made, strict=True):
+        pairs = zip(place, result, strict=True) if isinstance(result, Fp8Rows) else [(place, result)]
+        for to, tensor in pairs:
+            to.copy_(tensor)
     return out
+
+
+def empty_attention_inputs(x, dtype, heads, head_dim, fp8=False):
+    """Return places for what `attention_inputs` gives for x [B, N, C]: q, k, v in `dtype`, q and k in fp8, the gate."""
+    (batch, tokens, _), (query_heads, key_heads) = x.shape, heads
+    shape, key_shape = (batch, query_heads, tokens, head_dim), (batch, key_heads, tokens, head_dim)
+    q, k = (x.new_empty(shape, dtype=FP8 if fp8 else dtype) for shape in (shape, key_shape))
+    if fp8:
+        q = Fp8Rows(q, x.new_empty((*shape[:3], 1), dtype=torch.float32))
+    return q, k, x.new_empty(key_shape, dtype=dtype), x.new_empty((batch, tokens, query_heads), dtype=torch.float32)
 
 
 def gate_heads(x, gate, out_dtype=None):
@@ -121,15 +136,15 @@ def gate_heads(x, gate, out_dtype=None):
     return narrowed(gated.flatten(2), out_dtype or x.dtype)
 
 
-def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False):
+def attention(q, k, v, frame=0, frames=0, radius=0):
     """Softmax attention where query head h uses key/value head h // (Hq / Hkv), within a window of frames or not.
 
     q [B, Hq, N, d], k and v [B, Hkv, N, d]. The first `frames` * `frame` queries see the frames within `radius` of
-    their own and all tokens after the frames, every other query sees all tokens. Softmax in fp32; returned in q's
-    dtype. fp8: both products take fp8: q scaled row by row, k head by head, v column by column.
+    their own and all tokens after the frames, every other query sees all tokens. Softmax in fp32; returned in v's
+    dtype. Both products take fp8 where q and k come as `fp8.fp8_scores` gives them; v is then scaled column by column.
     """
-    if fp8:
-        q, (k, v) = dequantised(q, -1), (dequantised(k, (2, 3)), dequantised(v, 2))
+    if isinstance(q, Fp8Rows):
+        q, k, v = multiplied_out(q, k, v)
     token = torch.arange(q.shape[2], device=q.device)
     at, video = token // max(frame, 1), token < frame * frames
     near = (at[:, None] - at[None, :]).abs() <= radius
@@ -137,11 +152,12 @@ def attention(q, k, v, frame=0, frames=0, radius=0, fp8=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def dequantised(x, axes):
-    """Return what fp8 leaves of x where all of `axes` share a scale."""
-    wide = x.float()
-    scale = wide.abs().amax(axes, keepdim=True).clamp(min=1e-12) / FP8_MAX
-    return ((wide / scale).to(FP8).float() * scale).to(x.dtype)
+def multiplied_out(q, k, v):
+    """Return in v's dtype what an attention in fp8 multiplies: q and k as `fp8.fp8_scores`, v [B, Hkv, N, d]."""
+    wide = v.float()
+    scale = wide.abs().amax(2, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    rounded = (wide / scale).to(FP8).float() * scale
+    return (q.values.float() * q.scale).to(v.dtype), k.to(v.dtype), rounded.to(v.dtype)
 
 
 def fp8_weights(exponents):

@@ -5,19 +5,20 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ..kernels import attention_kernel
-from ..kernels.reference import dequantised
+from ..kernels import Fp8Rows, attention_kernel, multiplied_out
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # which it would not be with a cache of its own
 def takes_groups(device, dtype, head_dim):
     """Tell whether torch's attention takes fewer heads of keys than of queries without keeping N x N scores.
 
     On cards FlashAttention alone does, which RTX 20 and some builds of torch for Windows lack.
     """
-    if device.type != "cuda":
-        return True
+    return device.type != "cuda" or _flash_attention_serves(device, dtype, head_dim)
+
+
+@functools.cache
+def _flash_attention_serves(device, dtype, head_dim):
     q = torch.empty(1, 2, 16, head_dim, dtype=dtype, device=device)
     k = q[:, :1]
     return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, False, True))
@@ -65,24 +66,24 @@ def local_attention(q, k, v, layout, radius, attend=grouped_attention):
 
 
 def by_frames(attend):
-    """Turn attend(q, k, v) into what `DiT.forward` calls: attention(q, k, v, layout, radius)."""
+    """Turn attend(q, k, v) into what layers call: attention(q, k, v, layout, radius), which takes fp8 too."""
 
     def attention(q, k, v, layout, radius=None):
+        if isinstance(q, Fp8Rows):
+            q, k, v = multiplied_out(q, k, v)
         return attend(q, k, v) if radius is None else local_attention(q, k, v, layout, radius, attend)
 
     return attention
 
 
-def joint_attention(q, k, v, layout, radius=None, fp8=False):
+def joint_attention(q, k, v, layout, radius=None):
     """Attention of the transformer by the quickest way here: our own kernel, or torch with local layers frame by frame.
 
-    q [B, Hq, N, d], k and v [B, Hkv, N, d] in the token order of `layout`; radius: of a local layer, in frames. fp8:
-    both products take fp8, see `kernels.reference.attention`; where no card multiplies it, what fp8 leaves of q, k, v.
+    q [B, Hq, N, d], k and v [B, Hkv, N, d] in the token order of `layout`; radius: of a local layer, in frames. Both
+    products take fp8 where q and k come in it (`kernels.reference.attention`), or else what that leaves of q, k and v.
     """
     window = () if radius is None or radius >= layout.frames - 1 else (layout.frame, layout.frames, radius)
-    kernel = attention_kernel(q, k, v, fp8)
+    kernel = attention_kernel(q, k, v)
     if kernel is not None:
-        return kernel(q, k, v, *window, fp8=fp8)
-    if fp8:
-        q, k, v = dequantised(q, -1), dequantised(k, (2, 3)), dequantised(v, 2)
+        return kernel(q, k, v, *window)
     return by_frames(grouped_attention)(q, k, v, layout, radius)

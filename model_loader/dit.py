@@ -1,7 +1,5 @@
 """The transformer: noisy video and audio latents and text features in, velocities of both latents out."""
 
-import functools
-
 import torch
 from torch import nn
 
@@ -38,7 +36,7 @@ class DiT(nn.Module):
         """Predict velocity = noise - clean of both latents; the noise level is read off the latents themselves.
 
         video [B, C, T, H, W] (H, W even), audio [B, L, Ca], text [B, n, Ct]; all clips of a batch share sizes and text
-        length. `attention(q, k, v)` replaces our own, `fp8_attention` has ours multiply in fp8, see `joint_attention`.
+        length. `attention(q, k, v)` replaces our own. fp8_attention: both products take fp8, see `joint_attention`.
         `step_cache(change, x, middle)` decides whether middle(x) is called, see sampler.step_cache. Returns fp32
         (video's shape, audio's shape). ValueError where sizes do not fit.
         """
@@ -46,11 +44,11 @@ class DiT(nn.Module):
         layout = TokenLayout.of(video, audio, text)
         rotary = rotary_table(layout, self.config.positions, self.config.head_dim, video.device)
 
-        attend = by_frames(attention) if attention else functools.partial(joint_attention, fp8=fp8_attention)
+        rest = (layout, rotary, by_frames(attention) if attention else joint_attention, fp8_attention)
 
         def run(layers, x):
             for layer in layers:
-                x = layer(x, layout, rotary, attend)
+                x = layer(x, *rest)
             return x
 
         x, layers = self.adapter(patchify(video), audio, text), list(self.block.layers)
@@ -60,7 +58,7 @@ class DiT(nn.Module):
             del entered
             layers = layers[self.middle.stop :]
         for layer in layers:
-            x = layer(x, layout, rotary, attend)
+            x = layer(x, *rest)
         x_video, x_audio, _ = x.split(layout.spans, dim=1)
         v_video = self.final_linear_video(self.final_norm_video(x_video))
         v_audio = self.final_linear_audio(self.final_norm_audio(x_audio))

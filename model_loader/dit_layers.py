@@ -19,9 +19,11 @@ from torch import nn
 
 from ..kernels import (
     FP8,
+    Fp8Rows,
     add,
     add_rms_norm_spans,
     attention_inputs,
+    empty_attention_inputs,
     gate_heads,
     gelu7,
     rms_norm,
@@ -51,12 +53,14 @@ def cut(spans, experts, short_too=False):
 
 
 def split(x, pieces, dim=1):
-    """Split x along its tokens into the pieces that `cut` gave."""
+    """Split a tensor or Fp8Rows along its tokens into the pieces that `cut` gave."""
     return x.split([sum(piece) for piece in pieces], dim)
 
 
 def join(parts, dim=1):
-    """Concatenate; a single part is returned as it is."""
+    """Concatenate tensors or Fp8Rows; a single part is returned as it is."""
+    if isinstance(parts[0], Fp8Rows):
+        return Fp8Rows(*(join(tensors, dim) for tensors in zip(*parts, strict=True)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -180,32 +184,31 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, self.experts, device=device)
         self.linear_proj = linear(width, width, self.experts, **factory)
 
-    def forward(self, x, layout, rotary, attend):
-        """x [B, N, D] fp32 -> attention's output [B, Hq, N, d] in the linears' dtype and its gate [B, N, Hq] fp32."""
+    def forward(self, x, layout, rotary, attend, fp8):
+        """x [B, N, D] fp32 -> attention's output [B, Hq, N, d] in the linears' dtype and its gate [B, N, Hq] fp32.
+
+        fp8: `attend` gets q and k in it, see `attention_inputs`.
+        """
         pieces = cut(layout.spans, self.experts, x.is_cuda)
         parts = zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)
         if in_one_go(pieces):
-            made = zip(*[self.inputs(*part) for part in parts], strict=True)
+            made = zip(*[self.inputs(*part, fp8) for part in parts], strict=True)
             q, k, v, gate = (join(tensors, dim) for tensors, dim in zip(made, (2, 2, 2, 1), strict=True))
         else:
-            (batch, tokens, _), (heads, key_heads) = x.shape, self.heads
             dtype = torch.bfloat16 if self.dtype == FP8 else self.dtype
-            q, k, v = (
-                x.new_empty(batch, count, tokens, self.head_dim, dtype=dtype) for count in (heads, key_heads, key_heads)
-            )
-            gate = x.new_empty(batch, tokens, heads)
+            q, k, v, gate = empty_attention_inputs(x, dtype, self.heads, self.head_dim, fp8)
             places = zip(*(split(whole, pieces, 2) for whole in (q, k, v)), split(gate, pieces), strict=True)
             for expert, run in by_expert(pieces, parts, places):
                 with self.held([of_expert(self.linear_qkv, expert)] * (len(run) > 1), x.device):
                     for part, place in run:
-                        self.inputs(*part, out=place)
+                        self.inputs(*part, fp8, out=place)
         return attend(q, k, v, layout, self.radius), gate
 
-    def inputs(self, x, spans, rotary, out=None):
+    def inputs(self, x, spans, rotary, fp8, out=None):
         """Return q, k, v and gate of one piece, see `attention_inputs`; `out` takes them if given."""
         rows = project(self.linear_qkv, self.pre_norm(x, spans, self.dtype), spans)
         q_weight, k_weight = self.q_norm.rows(x.device), self.k_norm.rows(x.device)
-        return attention_inputs(rows, q_weight, k_weight, spans, rotary, self.heads, self.q_norm.eps, out)
+        return attention_inputs(rows, q_weight, k_weight, spans, rotary, self.heads, self.q_norm.eps, out, fp8)
 
     def project(self, out, gate, spans):
         """Return what to add to one piece of the stream: gated heads, side by side, through the last linear."""
@@ -242,12 +245,12 @@ class Layer(nn.Module):
         self.attention = Attention(config, layer, **factory)
         self.mlp = MLP(config, layer, **factory)
 
-    def forward(self, x, layout, rotary, attend):
+    def forward(self, x, layout, rotary, attend, fp8=False):
         """x [B, N, D] fp32 -> the same, in x itself if it is cut into pieces and needs no gradient.
 
-        rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`.
+        rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`; fp8: it multiplies in that.
         """
-        out, gate = self.attention(x, layout, rotary, attend)
+        out, gate = self.attention(x, layout, rotary, attend, fp8)
         pieces = cut(layout.spans, self.attention.experts, x.is_cuda)
         parts = zip(split(x, pieces), split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
         if in_one_go(pieces):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from backends import BF16, DEVICE, DTYPES, FP16, FP32, INTERPRETED, LAYOUTS, check, draw, unwritten
+from backends import BF16, DEVICE, DTYPES, FP16, FP32, INTERPRETED, LAYOUTS, NO_FP8, check, draw, unwritten
 from pack.kernels import attention_fp8_triton, attention_inputs_triton, gate_heads_triton, reference
+from pack.kernels.fp8 import FP8, fp8_scores
 
 HOPPER = not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
 if HOPPER:
@@ -37,8 +38,13 @@ def draw_heads(batch, heads, tokens):
     return [tensor.to(DEVICE, BF16) for tensor in (q, k, v)]
 
 
+def narrow(q, k):
+    return fp8_scores(q, k, k.abs().amax().float())
+
+
 def check_attention(found, q, k, v, window, fp8):
-    wanted = reference.attention(q.float(), k.float(), v.float(), *window, fp8=fp8)
+    q, k = narrow(q, k) if fp8 else (q.float(), k.float())
+    wanted = reference.attention(q, k, v.float(), *window)
     assert found.dtype == BF16 and found.shape == q.shape
     assert (found.float() - wanted).norm() < NEAR[fp8] * wanted.norm()
     off, size = (torch.linalg.vector_norm(x, dim=(0, 1, 2)) for x in (found.float() - wanted, wanted))
@@ -49,22 +55,19 @@ def check_attention(found, q, k, v, window, fp8):
 def test_fp8_attention(batch, heads, tokens, window):
     q, k, v = draw_heads(batch, heads, tokens)
     out = torch.full_like(q, float("nan"))
-    assert attention_fp8_triton.attention(q, k, v, *window, out=out) is out
+    assert attention_fp8_triton.attention(*narrow(q, k), v, *window, out=out) is out
     check_attention(out, q, k, v, window, True)
 
 
 def test_fp8_attention_of_tensors_that_lie_otherwise():
-    q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in draw_heads(2, (4, 2), 70))
-    check_attention(attention_fp8_triton.attention(q, k, v), q, k, v, (), True)
-
-
-def test_quantised_scales_and_places():
     q, k, v = draw_heads(2, (4, 2), 70)
-    narrow_q, query_scale, narrow_k, narrow_v, value_scale = attention_fp8_triton.quantised(q, k, v)
-    key_scale = k.float().abs().amax((2, 3)) / 448
-    scaled = narrow_q.float() * (query_scale / key_scale.repeat_interleave(2, dim=1)[..., None])[..., None]
-    assert_rounded(scaled, q.float())
-    assert_rounded(narrow_k.float() * key_scale[..., None, None], k.float())
+    v, out = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (v, torch.full_like(q, float("nan"))))
+    check_attention(attention_fp8_triton.attention(*narrow(q, k), v, out=out), q, k, v, (), True)
+
+
+def test_quantised_values_and_their_places():
+    _, _, v = draw_heads(2, (4, 2), 70)
+    narrow_v, value_scale = attention_fp8_triton.quantised_values(v)
     assert narrow_v.shape == (2, 2, 128, 96) and not narrow_v[..., :70].float().isnan().any()
     places = torch.arange(96).view(-1, 2, 2, 4, 2).permute(0, 1, 3, 2, 4).flatten()  # the key at every place
     wide = narrow_v.float() * value_scale[..., None]
@@ -85,7 +88,7 @@ def assert_rounded(found, wanted):
 def test_attention_on_hopper(batch, heads, tokens, window, fp8):
     q, k, v = draw_heads(batch, heads, tokens)
     out = torch.full_like(q, float("nan"))
-    assert attention_hopper.attention(q, k, v, *window, fp8=fp8, out=out) is out
+    assert attention_hopper.attention(*(narrow(q, k) if fp8 else (q, k)), v, *window, out=out) is out
     check_attention(out, q, k, v, window, fp8)
 
 
@@ -95,14 +98,12 @@ def test_attention_on_hopper_adds_up_many_values_that_are_not_centred(fp8):
     """Hopper adds fp8 products up with 14 bits: in sums over 65,706 keys 42 % of them were lost."""
     random = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 65_706, 128, generator=random).to(DEVICE, BF16)
-    found = attention_hopper.attention(1.5 * q, k, v + 3, fp8=fp8)[:, :, ::97].float()
+    found = attention_hopper.attention(*(narrow(1.5 * q, k) if fp8 else (1.5 * q, k)), v + 3)[:, :, ::97].float()
     wanted = torch.nn.functional.scaled_dot_product_attention(1.5 * q[:, :, ::97], k, v + 3).float()
     assert (found - wanted).norm() < (1e-2 if fp8 else 2e-3) * wanted.norm()
 
 
-@LAYOUTS
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize(
+INPUTS = pytest.mark.parametrize(
     ("batch", "spans", "heads", "head_dim"),
     [
         (1, (3, 2, 1), (40, 8), 128),  # the network's, three experts
@@ -113,12 +114,23 @@ def test_attention_on_hopper_adds_up_many_values_that_are_not_centred(fp8):
     ],
     ids=str,
 )
-def test_attention_inputs(batch, spans, heads, head_dim, dtype, layout):
+
+
+def draw_inputs(batch, spans, heads, head_dim, dtype):
+    """rows, the weights of both norms, sines and cosines for `attention_inputs`."""
     tokens, (query_heads, key_heads) = sum(spans), heads
     rows = draw(batch, tokens, (query_heads + 2 * key_heads) * head_dim + query_heads, dtype=dtype, scale=3.0)
     weights = draw(len(spans), head_dim), draw(len(spans), head_dim).flip(-1)
     angles = draw(tokens, 3 * (head_dim // 8))
-    sin_cos = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return rows, weights, torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@INPUTS
+def test_attention_inputs(batch, spans, heads, head_dim, dtype, layout):
+    rows, weights, sin_cos = draw_inputs(batch, spans, heads, head_dim, dtype)
+    tokens, (query_heads, key_heads) = sum(spans), heads
     shapes = [(batch, count, tokens, head_dim) for count in (query_heads, key_heads, key_heads)]
     out = (*(unwritten(*shape, dtype=dtype) for shape in shapes), unwritten(batch, tokens, query_heads, dtype=FP32))
     found = attention_inputs_triton.attention_inputs(
@@ -129,6 +141,31 @@ def test_attention_inputs(batch, spans, heads, head_dim, dtype, layout):
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol={FP32: 4e-6, BF16: 2**-7, FP16: 2**-10}[mine.dtype], atol=4e-6)
     assert torch.equal(found[2], wanted[2])
+
+
+@pytest.mark.skipif(NO_FP8, reason="needs a card with fp8")
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@INPUTS
+def test_attention_inputs_in_fp8(batch, spans, heads, head_dim, dtype, layout):
+    rows, weights, sin_cos = draw_inputs(batch, spans, heads, head_dim, dtype)
+    out = reference.empty_attention_inputs(rows, dtype, heads, head_dim, fp8=True)
+    for place in (*out[0], *out[1:]):
+        place.fill_(float("nan"))
+    q, k, v, gate = attention_inputs_triton.attention_inputs(
+        layout(rows), *map(layout, weights), spans, layout(sin_cos), heads, out=out, fp8=True
+    )
+    assert q is out[0] and k is out[1] and q.values.dtype == k.dtype == FP8
+    narrow = reference.attention_inputs(rows, *weights, spans, sin_cos, heads, fp8=True)
+    wide_q, wide_k, *rest = reference.attention_inputs(rows.float(), *weights, spans, sin_cos, heads)
+    key_scale = head_dim**0.5 * (weights[1] + 1).abs().max() / 448
+    for scale, values in ((q.scale, q.values), (narrow[0].scale, narrow[0].values)):
+        torch.testing.assert_close(scale * 448, wide_q.abs().amax(-1, keepdim=True) * key_scale, rtol=1e-5, atol=0)
+        assert_rounded(values.float() * scale / key_scale, wide_q)
+    for keys in (k, narrow[1]):
+        assert keys.float().abs().max() > 64  # a seventh of what the largest one could be
+        assert_rounded(keys.float() * key_scale, wide_k)
+    torch.testing.assert_close((v.float(), gate), tuple(rest), rtol=4e-6, atol=4e-6)
 
 
 @DTYPES

@@ -36,12 +36,10 @@ def test_fp8_attention_compiles(card):
     from pack.kernels import attention_fp8_triton as kernels
 
     head = {"HEAD_DIM": 128}
-    x = {"x": "*bf16", "out": f"*{FP8}", "scale": FP32}
-    sources = [
-        source_of(kernels.rows_kernel, {**x, "key_largest": "*bf16"}, {**head, "QUERIES": queries, "BLOCK_ROWS": 64})
-        for queries in (True, False)
-    ]
-    sources.append(source_of(kernels.values_kernel, {**x, "largest": "*bf16"}, {**head, "BLOCK_KEYS": 128}))
+    x = {"x": "*bf16", "largest": FP32}
+    sources = [source_of(kernels.largest_kernel, x, {**head, "BLOCK_TOKENS": 128})]
+    x |= {"out": f"*{FP8}", "scale": FP32}
+    sources.append(source_of(kernels.values_kernel, x, {**head, "BLOCK_KEYS": 128}))
     types = {"q": f"*{FP8}", "query_scale": FP32, "value_scale": FP32, "out": "*bf16", "scale": "fp32"}
     types |= {name: f"tensordesc<{FP8}[128,128]>" for name in ("keys", "values")}
     blocks = {"BLOCK_QUERIES": kernels.BLOCK_QUERIES, "BLOCK_KEYS": kernels.BLOCK_KEYS}

@@ -22,7 +22,7 @@ def test_every_table_of_a_processor(tmp_path, capsys):
         else:
             widths.clear()
     ops = {line.split(" | ")[0][2:] for line in lines if line.startswith("| ")}
-    assert {"swiglu7 to fp8", "attention_inputs bf16", "renoise_step fp32", "down", "8 steps", "TurboVAED"} <= ops
+    assert {"swiglu7 to fp8", "attention_inputs to fp8", "renoise_step fp32", "down", "8 steps", "TurboVAED"} <= ops
 
 
 def test_one_part_has_a_file_of_its_own(tmp_path):

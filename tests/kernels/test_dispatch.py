@@ -6,6 +6,7 @@ import pytest
 import torch
 from pack import kernels
 from pack.kernels import FP8, dispatch, reference
+from pack.kernels.fp8 import fp8_scores
 
 X = torch.randn(2, 5, 48)
 WEIGHT = torch.randn(3, 48)
@@ -75,16 +76,20 @@ def test_a_gpu_gets_triton_inside_the_limits_only():
     torch.testing.assert_close(four_spans.cpu(), reference.rms_norm_spans(X, WEIGHT[[0, 1, 2, 0]], (1, 1, 1, 2)))
 
 
+def in_fp8(q, k):
+    return fp8_scores(q, k, k.abs().amax().float())
+
+
 def test_attention_goes_to_a_kernel_on_the_cards_that_have_one_only():
     q = torch.zeros(1, 2, 8, 128, dtype=torch.bfloat16)
     assert kernels.attention_kernel(q, q, q) is None
-    assert kernels.attention_kernel(q, q, q, fp8=True) is None
+    assert kernels.attention_kernel(*in_fp8(q, q), q) is None
     assert "it wants an NVIDIA card, not 'cpu'" in kernels.why_no_fp8_attention(q.device, 128)
 
 
 def test_an_attention_kernel_that_a_compiler_got_wrong_is_noticed():
     dispatch.check_attention(reference.attention, True, "cpu")
-    for wrong in (lambda q, k, v, fp8: v, lambda q, k, v, fp8: q * float("nan")):
+    for wrong in (lambda q, k, v: v, lambda q, k, v: q * float("nan")):
         with pytest.raises(RuntimeError, match="its result is off by"):
             dispatch.check_attention(wrong, False, "cpu")
 
@@ -94,7 +99,7 @@ def test_attention_on_a_gpu():
     capability = torch.cuda.get_device_capability()
     q = torch.randn(1, 2, 300, 128, dtype=torch.bfloat16, device="cuda")
     assert (kernels.attention_kernel(q, q, q) is not None) == (capability[0] == 9)
-    assert (kernels.attention_kernel(q, q, q, fp8=True) is not None) == (capability >= (8, 9))
+    assert (kernels.attention_kernel(*in_fp8(q, q), q) is not None) == (capability >= (8, 9))
     assert kernels.attention_kernel(q.float(), q.float(), q.float()) is None
     assert kernels.attention_kernel(*[q[..., :64].contiguous()] * 3) is None
     assert kernels.attention_kernel(*[q.clone().requires_grad_()] * 3) is None

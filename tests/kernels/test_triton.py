@@ -77,11 +77,12 @@ def activation(out, gated):
 def attention_inputs(out):
     from pack.kernels.attention_inputs_triton import attention_inputs_kernel
 
-    pointers = {name: OUTPUTS[out] for name in ("rows", "q", "k", "v")}
-    pointers |= {name: FP32 for name in ("q_weight", "k_weight", "sin_cos", "gate")}
+    rows = BF16 if out == "fp8" else OUTPUTS[out]
+    pointers = {"rows": rows, "v": rows, "q": OUTPUTS[out], "k": OUTPUTS[out]}
+    pointers |= {name: FP32 for name in ("q_weight", "k_weight", "sin_cos", "q_scale", "gate")}
     constants = {"QUERY_HEADS": 40, "KEY_HEADS": 8, "HEAD_DIM": 128, "HALF": 48, "BLOCK_TOKENS": 4}
     constants |= {"HEADS_PER_PROGRAM": 8, "BLOCK_QUERY_HEADS": 64, "BLOCK_DIM": 128, "TOGETHER": 16}
-    constants |= {"ROWS_ALIGNMENT": 8}
+    constants |= {"ROWS_ALIGNMENT": 8, "TO_FP8": out == "fp8", "EXPERTS": 3}
     return attention_inputs_kernel, pointers, constants, ["eps"], 4
 
 
@@ -135,7 +136,7 @@ KERNELS = {
     "add_rms_norm": (lambda out: rms_norm(out, True, 1, 8192), OUTPUTS),
     "swiglu7": (lambda out: activation(out, True), OUTPUTS),
     "gelu7": (lambda out: activation(out, False), OUTPUTS),
-    "attention_inputs": (attention_inputs, ["bf16", "fp32"]),
+    "attention_inputs": (attention_inputs, OUTPUTS),
     "channel_norm": (channel_norm, ["bf16", "fp32"]),
     "add_channels": (add_channels, ["bf16", "fp32"]),
     "gate_heads": (gate_heads, OUTPUTS),
@@ -175,7 +176,14 @@ def test_channels_move_16_bytes_at_a_time(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "out"), [("swiglu7", "fp8"), ("swiglu7", "bf16"), ("attention_inputs", "bf16"), ("scale", "bf16")]
+    ("name", "out"),
+    [
+        ("swiglu7", "fp8"),
+        ("swiglu7", "bf16"),
+        ("attention_inputs", "bf16"),
+        ("attention_inputs", "fp8"),
+        ("scale", "bf16"),
+    ],
 )
 def test_rows_whose_width_is_no_multiple_of_16_are_read_in_whole_words(name, out, tmp_path, monkeypatch):
     """27,304 and 7,208 columns are multiples of 8: on an H200 reads of single numbers took four times as long."""

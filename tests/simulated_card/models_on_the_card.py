@@ -42,6 +42,7 @@ if dynamic:
     comfy.memory_management.aimdo_enabled = True
 
 import runpy  # noqa: E402
+import warnings  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
 import comfy.sample  # noqa: E402
@@ -63,12 +64,12 @@ from pack.model_loader.turbo_vae import TurboVAE  # noqa: E402
 from pack.nodes import core_files, weight_dtypes  # noqa: E402
 from pack.nodes.files import NANO_WEIGHTS  # noqa: E402
 from pack.nodes.loaders import LoadModel  # noqa: E402
-from pack.nodes.speed import with_compiled_layers  # noqa: E402
+from pack.nodes.speed import with_compiled_layers, with_fp8_attention  # noqa: E402
 from pack.nodes.vae import load_video  # noqa: E402
 from quantised_checks import make_lora  # noqa: E402
 
 weight_dtypes.cpu_multiplies_bf16 = lambda: True  # bf16 everywhere, whatever this processor does by itself
-FILE, BLOCKS = "tiny_distill.safetensors", "tiny_distill_Q8_0.gguf"
+FILE, BLOCKS, WIDE_HEADS = "tiny_distill.safetensors", "tiny_distill_Q8_0.gguf", "wide_heads_distill.safetensors"
 
 
 def write_files():
@@ -80,16 +81,18 @@ def write_files():
         save_part(files_folder / FILE, network, "dit", config, "distill")
         tensors = published_tensors("dit", network.state_dict(), config)
         write(files_folder / BLOCKS, tensors, "Q8_0", "magihuman")
+    config = replace(config, num_layers=2, head_dim=128, expert_layers=(0,))  # heads that the attention kernels serve
+    save_part(files_folder / WIDE_HEADS, DiT(config, dtype=torch.bfloat16).eval(), "dit", config, "distill")
     folder_paths.folder_names_and_paths["diffusion_models"] = ([str(files_folder)], {".safetensors"})
     return make_lora(network)[0]
 
 
 def recording_cuts():
     """Have every cut of a sequence write down whether short ones are to be cut too; return where."""
-    asked, cut = [], dit_layers.cut
+    asked, cut = set(), dit_layers.cut
 
     def recorded(spans, experts, short_too=False):
-        asked.append(short_too)
+        asked.add(short_too)
         return cut(spans, experts, short_too)
 
     dit_layers.cut = recorded
@@ -162,14 +165,21 @@ def decoded():
 def kernels():
     """Yield (name, latents) with our kernels, and of layers that dynamo splits as for torch.compile."""
     assert dispatch.triton_kernels() is not None
+    warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")  # it would go into it
     yield "decoded", decoded()
     for kind in ("bf16", "int8", "fp8_e4m3fn_fast"):
         yield kind, sample(LoadModel.execute(FILE, kind).args[0])
         yield f"{kind}, compiled", sample(with_compiled_layers(LoadModel.execute(FILE, kind).args[0], backend="eager"))
+    model = LoadModel.execute(WIDE_HEADS, "bf16").args[0]
+    yield "wide heads", sample(model)
+    yield "fp8 attention", sample(with_fp8_attention(model))
+    dit_layers.PIECE = 16  # tokens
+    yield "fp8 attention, pieces", sample(with_fp8_attention(model))
+    yield "fp8 attention, compiled", sample(with_compiled_layers(with_fp8_attention(model), backend="eager"))
 
 
 with torch.inference_mode():
     a_lora, asked = write_files(), recording_cuts()
     found = dict(kernels() if mode == "kernels" else kinds_of_weights(a_lora))
-    assert asked and set(asked) == {mode != "processor"}, "short clips are cut between experts on cards, and only there"
+    assert asked == {mode != "processor"}, "short clips are cut between experts on cards, and only there"
     torch.save(found, results_file)

@@ -61,6 +61,8 @@ def test_our_kernels_run_in_comfyui_and_say_the_same(run_script, sampled, tmp_pa
     for kind, bound in (("bf16", 0.005), ("int8", 0.005), ("fp8_e4m3fn_fast", 0.05)):
         assert 0 < off(found[kind], wanted[kind.removesuffix("_fast")]) < bound, kind
         assert off(found[f"{kind}, compiled"], found[kind]) < bound, kind
+    for way in ("fp8 attention", "fp8 attention, pieces", "fp8 attention, compiled"):
+        assert 0.002 < off(found[way], found["wide heads"]) < 0.02, way
     (frames, apart), (expected, never) = found["decoded"], wanted["decoded"]
     assert frames.shape == expected.shape and 0 < off(frames, expected) < 0.02
     assert apart > 0 and never == 0, "biases are added in passing where our kernels serve, and only there"
