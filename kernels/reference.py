@@ -62,7 +62,8 @@ def swiglu7(x, out_dtype=None, padded=False):
     x [..., 2M] -> [..., M] as `out_dtype` (default: x's dtype), or with zeros up to a multiple of 16 columns where
     `padded`; computed in fp32.
     """
-    gate, linear = x.unflatten(-1, (-1, 2)).unbind(-1)
+    numbers = x.float() if x.device.type == "cpu" else x  # which reads every other bf16 number at a third of the speed
+    gate, linear = numbers.unflatten(-1, (-1, 2)).unbind(-1)
     gated = sigmoid_gelu(gate.clamp(max=7)).mul_(linear.clamp(-7, 7).float().add_(1))
     return narrowed(gated, out_dtype or x.dtype, padded)
 

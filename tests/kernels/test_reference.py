@@ -84,6 +84,18 @@ def test_add_rms_norm_spans_norms_the_sum(x):
     close(normed, sums / (sums.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_activations_leave_their_input_as_it_is_and_keep_its_dtype(dtype, gradients):
+    x = 4 * torch.randn(3, 40, generator=torch.Generator().manual_seed(5)).to(dtype)
+    for op in (reference.swiglu7, reference.gelu7):
+        given = x.clone().requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
+            out = op(given)
+        assert torch.equal(given, x) and out.dtype == dtype and out.requires_grad == gradients
+        assert torch.equal(out, op(x))
+
+
 @pytest.mark.parametrize("spans", [(4, 1, 2), (7,)])
 def test_attention_inputs_norm_then_turn_queries_and_keys_head_by_head(spans):
     random = torch.Generator().manual_seed(2)
