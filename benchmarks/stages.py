@@ -9,7 +9,7 @@ from ..model_loader import fp8_linear, padded_linear
 from ..model_loader.attention import joint_attention
 from ..model_loader.config import DISTILL, SR_540P, SR_1080P, TURBO_7_7
 from ..model_loader.dit import DiT
-from ..model_loader.dit_layers import Layer
+from ..model_loader.dit_layers import Layer, Stream
 from ..model_loader.fp8_linear import Fp8Linear
 from ..model_loader.tokens import TokenLayout, rotary_table
 from ..model_loader.turbo_vae import TurboVAE
@@ -98,8 +98,10 @@ def layer_call(config, layout, layer, way, device):
     factory = {"operations": operations_of(fp8), "dtype": torch.bfloat16, "device": device}
     network = randomise(Layer(config, layer, **factory))
     rotary = rotary_table(layout, config.positions, config.head_dim, device)
+    rest = (layout, rotary, joint_attention, fp8_attention)
     x = torch.randn(1, sum(layout.spans), config.hidden_size, device=device)
-    return lambda: network(x, layout, rotary, joint_attention, fp8_attention)
+    stream = network(Stream(x), *rest)  # as layers get it from one another
+    return lambda: network(stream, *rest)
 
 
 def layer_cells(config, layout, layer, way, device, rates):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .attention import by_frames, joint_attention
-from .dit_layers import Adapter, Layer, RMSNorm
+from .dit_layers import Adapter, Layer, RMSNorm, Stream
 from .tokens import TokenLayout, patchify, rotary_table, unpatchify
 
 
@@ -46,20 +46,22 @@ class DiT(nn.Module):
 
         rest = (layout, rotary, by_frames(attention) if attention else joint_attention, fp8_attention)
 
-        def run(layers, x):
+        def run(layers, stream):
             for layer in layers:
-                x = layer(x, *rest)
-            return x
+                stream = layer(stream, *rest)
+            return stream.sum()
 
         x, layers = self.adapter(patchify(video), audio, text), list(self.block.layers)
-        if step_cache is not None:  # at the cost of holding on to what enters: layers write into x, so they get copies
-            entered = run(layers[: self.middle.start], x.clone())
-            x = step_cache(entered - x, entered, lambda x: run(layers[self.middle], x.clone()))
+        if step_cache is not None:  # at the cost of holding on to what enters: layers write over it, so they get copies
+            entered = run(layers[: self.middle.start], Stream(x.clone()))
+            x = step_cache(entered - x, entered, lambda x: run(layers[self.middle], Stream(x.clone())))
             del entered
             layers = layers[self.middle.stop :]
+        stream = Stream(x)
+        del x
         for layer in layers:
-            x = layer(x, *rest)
-        x_video, x_audio, _ = x.split(layout.spans, dim=1)
+            stream = layer(stream, *rest)
+        x_video, x_audio, _ = stream.sum().split(layout.spans, dim=1)
         v_video = self.final_linear_video(self.final_norm_video(x_video))
         v_audio = self.final_linear_audio(self.final_norm_audio(x_audio))
         return unpatchify(v_video, layout), v_audio

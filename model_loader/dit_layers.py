@@ -11,15 +11,13 @@ attention's output 0.67 + what one piece takes from the gate to the MLP, in plai
 """
 
 import contextlib
-import itertools
-import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..kernels import (
     FP8,
-    Fp8Rows,
     add,
     add_rms_norm_spans,
     attention_inputs,
@@ -30,43 +28,20 @@ from ..kernels import (
     rms_norm_spans,
     swiglu7,
 )
+from .token_pieces import by_expert, cut, join, split
 
 MODALITIES = ("video", "audio", "text")
-PIECE = 4096  # tokens that pass the linears at a time, at most
 
 
-def cut(spans, experts, short_too=False):
-    """Cut a sequence of more than PIECE tokens into pieces of fewer, where there are experts none of two of them.
+class Stream(NamedTuple):
+    """The residual stream between layers: x [B, N, D] fp32 and what the norm that follows has to add to it, or None."""
 
-    short_too: between experts a shorter one is cut too. A card takes longer to join what they return than to launch
-    small kernels, a processor does not. Returns for every piece the lengths of its spans, one for each expert.
-    """
-    spans = spans if experts > 1 else (sum(spans),)
-    if sum(spans) <= PIECE and not (short_too and experts > 1):
-        return [tuple(spans)]
-    pieces = []
-    for expert, span in enumerate(spans):
-        count = math.ceil(span / PIECE)
-        lengths = (span * (i + 1) // count - span * i // count for i in range(count))
-        pieces += [tuple(length if i == expert else 0 for i in range(experts)) for length in lengths]
-    return pieces
+    x: torch.Tensor
+    change: torch.Tensor | None = None
 
-
-def split(x, pieces, dim=1):
-    """Split a tensor or Fp8Rows along its tokens into the pieces that `cut` gave."""
-    return x.split([sum(piece) for piece in pieces], dim)
-
-
-def join(parts, dim=1):
-    """Concatenate tensors or Fp8Rows; a single part is returned as it is."""
-    if isinstance(parts[0], Fp8Rows):
-        return Fp8Rows(*(join(tensors, dim) for tensors in zip(*parts, strict=True)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def in_one_go(pieces):
-    """Tell whether results are joined, as autograd wants it and one piece can have it; else they go to their place."""
-    return len(pieces) == 1 or torch.is_grad_enabled()
+    def sum(self):
+        """Return x with everything added."""
+        return self.x if self.change is None else add(self.x, self.change)
 
 
 class RMSNorm(nn.Module):
@@ -91,10 +66,13 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight.to(x.device), self.eps, out_dtype)
         return rms_norm_spans(x, self.rows(x.device), spans, self.eps, out_dtype)
 
-    def of_sum(self, x, delta, spans, out_dtype):
-        """Return x + delta and its norm: x [B, N, size] fp32, spans as `forward`."""
+    def of_sum(self, stream, spans, out_dtype):
+        """Return the sum of a Stream, and its norm in the same pass; spans as `forward`."""
+        x, change = stream
+        if change is None:
+            return x, self(x, spans, out_dtype)
         spans = spans if self.experts > 1 else (x.shape[1],)
-        return add_rms_norm_spans(x, delta, self.rows(x.device), spans, self.eps, out_dtype)
+        return add_rms_norm_spans(x, change, self.rows(x.device), spans, self.eps, out_dtype)
 
 
 class ExpertLinear(nn.Module):
@@ -150,13 +128,6 @@ def of_expert(layer, expert):
     return getattr(layer, MODALITIES[expert]) if isinstance(layer, ExpertLinear) else layer
 
 
-def by_expert(pieces, *parts):
-    """Yield, for every run of pieces of one expert: its number, and a tuple for each of them of what `parts` has."""
-    of_piece = [max(range(len(piece)), key=piece.__getitem__) for piece in pieces]
-    for expert, run in itertools.groupby(zip(of_piece, *parts, strict=True), key=lambda part: part[0]):
-        yield expert, [part[1:] for part in run]
-
-
 def project(layer, x, spans):
     """Run a layer made by `linear` on x [B, N, C]."""
     if isinstance(layer, ExpertLinear):
@@ -184,30 +155,44 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, self.experts, device=device)
         self.linear_proj = linear(width, width, self.experts, **factory)
 
-    def forward(self, x, layout, rotary, attend, fp8):
-        """x [B, N, D] fp32 -> attention's output [B, Hq, N, d] in the linears' dtype and its gate [B, N, Hq] fp32.
+    def forward(self, stream, layout, rotary, attend, fp8):
+        """Return the sum of a Stream, attention's output [B, Hq, N, d] in the linears' dtype, its gate [B, N, Hq] fp32.
 
         fp8: `attend` gets q and k in it, see `attention_inputs`.
         """
-        pieces = cut(layout.spans, self.experts, x.is_cuda)
-        parts = zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)
-        if in_one_go(pieces):
-            made = zip(*[self.inputs(*part, fp8) for part in parts], strict=True)
-            q, k, v, gate = (join(tensors, dim) for tensors, dim in zip(made, (2, 2, 2, 1), strict=True))
+        pieces = cut(layout.spans, self.experts, stream.x.is_cuda)
+        if len(pieces) == 1:
+            x, normed = self.pre_norm.of_sum(stream, *pieces, self.dtype)
+            q, k, v, gate = self.inputs(normed, *pieces, rotary, fp8)
+            del normed
         else:
-            dtype = torch.bfloat16 if self.dtype == FP8 else self.dtype
-            q, k, v, gate = empty_attention_inputs(x, dtype, self.heads, self.head_dim, fp8)
-            places = zip(*(split(whole, pieces, 2) for whole in (q, k, v)), split(gate, pieces), strict=True)
-            for expert, run in by_expert(pieces, parts, places):
-                with self.held([of_expert(self.linear_qkv, expert)] * (len(run) > 1), x.device):
-                    for part, place in run:
-                        self.inputs(*part, fp8, out=place)
-        return attend(q, k, v, layout, self.radius), gate
+            x = stream.sum()
+            q, k, v, gate = self.inputs_of(x, pieces, rotary, fp8)
+        return x, attend(q, k, v, layout, self.radius), gate
 
-    def inputs(self, x, spans, rotary, fp8, out=None):
+    def inputs_of(self, x, pieces, rotary, fp8):
+        """Return q, k, v and gate of several pieces, x [B, N, D] being all of them."""
+        parts = zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)
+
+        def inputs(x, spans, rotary, out=None):
+            return self.inputs(self.pre_norm(x, spans, self.dtype), spans, rotary, fp8, out)
+
+        if torch.is_grad_enabled():  # which wants results joined; else they go to their place
+            made = zip(*[inputs(*part) for part in parts], strict=True)
+            return [join(tensors, dim) for tensors, dim in zip(made, (2, 2, 2, 1), strict=True)]
+        dtype = torch.bfloat16 if self.dtype == FP8 else self.dtype
+        q, k, v, gate = whole = empty_attention_inputs(x, dtype, self.heads, self.head_dim, fp8)
+        places = zip(*(split(heads, pieces, 2) for heads in (q, k, v)), split(gate, pieces), strict=True)
+        for expert, run in by_expert(pieces, parts, places):
+            with self.held([of_expert(self.linear_qkv, expert)] * (len(run) > 1), x.device):
+                for part, place in run:
+                    inputs(*part, out=place)
+        return whole
+
+    def inputs(self, normed, spans, rotary, fp8, out=None):
         """Return q, k, v and gate of one piece, see `attention_inputs`; `out` takes them if given."""
-        rows = project(self.linear_qkv, self.pre_norm(x, spans, self.dtype), spans)
-        q_weight, k_weight = self.q_norm.rows(x.device), self.k_norm.rows(x.device)
+        rows = project(self.linear_qkv, normed, spans)
+        q_weight, k_weight = self.q_norm.rows(rows.device), self.k_norm.rows(rows.device)
         return attention_inputs(rows, q_weight, k_weight, spans, rotary, self.heads, self.q_norm.eps, out, fp8)
 
     def project(self, out, gate, spans):
@@ -245,28 +230,30 @@ class Layer(nn.Module):
         self.attention = Attention(config, layer, **factory)
         self.mlp = MLP(config, layer, **factory)
 
-    def forward(self, x, layout, rotary, attend, fp8=False):
-        """x [B, N, D] fp32 -> the same, in x itself if it is cut into pieces and needs no gradient.
+    def forward(self, stream, layout, rotary, attend, fp8=False):
+        """Return the Stream after this layer; what came in is written over if it passes in pieces without gradients.
 
         rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`; fp8: it multiplies in that.
         """
-        out, gate = self.attention(x, layout, rotary, attend, fp8)
+        x, out, gate = self.attention(stream, layout, rotary, attend, fp8)
         pieces = cut(layout.spans, self.attention.experts, x.is_cuda)
+        if len(pieces) == 1:
+            return self.rest(x, out, gate, *pieces)
         parts = zip(split(x, pieces), split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
-        if in_one_go(pieces):
-            return join([self.rest(*part) for part in parts])
+        if torch.is_grad_enabled():
+            return Stream(join([self.rest(*part).sum() for part in parts]))
         linears = (self.attention.linear_proj, self.mlp.up_gate_proj, self.mlp.down_proj)
         for expert, run in by_expert(pieces, parts):
             with self.attention.held([of_expert(layer, expert) for layer in linears if len(run) > 1], x.device):
                 for (part,) in run:
-                    self.rest(*part, result=part[0])
-        return x
+                    add(*self.rest(*part), out=part[0])
+        return Stream(x)
 
-    def rest(self, x, out, gate, spans, result=None):
-        """Return one piece of x after attention and MLP; `result` takes it if given, which may be x."""
+    def rest(self, x, out, gate, spans):
+        """Return the Stream of one piece after attention and MLP, x being what attention read."""
         change = self.attention.project(out, gate, spans)
-        total, normed = self.mlp.pre_norm.of_sum(x, change, spans, self.mlp.dtype)
-        return add(total, self.mlp(normed, spans), result)
+        total, normed = self.mlp.pre_norm.of_sum(Stream(x, change), spans, self.mlp.dtype)
+        return Stream(total, self.mlp(normed, spans))
 
 
 class Adapter(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from ..model_loader.attention import frame_windows, joint_attention
 from ..model_loader.checkpoint import Checkpoint
 from ..model_loader.config import DiTConfig
+from ..model_loader.dit_layers import Stream
 from ..model_loader.load import fill
 from ..model_loader.tokens import TokenLayout, coordinates, patchify, rotary_sin_cos, rotary_table
 from .case import Check
@@ -60,7 +61,7 @@ def check_layers(case, network, layout, seen, dtype):
     rotary = rotary_table(layout, config.positions, config.head_dim, torch.device("cpu"))
     x = case["out.adapter_out"]
     for i, layer in enumerate(network.block.layers):
-        out = layer(x[None], layout, rotary, joint_attention)[0]
+        out = layer(Stream(x[None]), layout, rotary, joint_attention).sum()[0]
         for part in ("attn_out", "mlp_out"):
             yield compare(case, f"out.layer{i}.{part}", torch.cat(seen[part])[order], dtype, BF16_LAYER)
         yield compare(case, f"out.layer{i}.out", out[order], dtype, BF16_LAYER)

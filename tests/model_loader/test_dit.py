@@ -2,12 +2,13 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from pack.model_loader import dit_layers
+from pack.model_loader import dit_layers, token_pieces
 from pack.model_loader.attention import grouped_attention
 from pack.model_loader.dit import DiT
 from pack.model_loader.fp8_linear import with_fp8_linears
@@ -80,13 +81,13 @@ def test_local_layers_are_the_ones_the_configuration_names(sr_dit, clip):
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_pieces_hold_at_most_so_many_tokens_of_one_expert(monkeypatch, experts):
-    monkeypatch.setattr(dit_layers, "PIECE", 10)
-    pieces = dit_layers.cut((25, 0, 4), experts)
+    monkeypatch.setattr(token_pieces, "PIECE", 10)
+    pieces = token_pieces.cut((25, 0, 4), experts)
     assert [sum(piece) for piece in pieces] == ([9, 10, 10] if experts == 1 else [8, 8, 9, 4])
     assert all(len(piece) == experts and sum(length > 0 for length in piece) == 1 for piece in pieces)
     assert experts == 1 or [piece[2] for piece in pieces] == [0, 0, 0, 4]
-    assert dit_layers.cut((5, 0, 4), experts) == ([(9,)] if experts == 1 else [(5, 0, 4)])
-    assert dit_layers.cut((5, 0, 4), experts, True) == ([(9,)] if experts == 1 else [(5, 0, 0), (0, 0, 4)])
+    assert token_pieces.cut((5, 0, 4), experts) == ([(9,)] if experts == 1 else [(5, 0, 4)])
+    assert token_pieces.cut((5, 0, 4), experts, True) == ([(9,)] if experts == 1 else [(5, 0, 0), (0, 0, 4)])
 
 
 @torch.no_grad()
@@ -101,20 +102,29 @@ def test_weights_are_held_for_several_pieces_only(dit, clip, monkeypatch):
     network = DiT(dit.config, operations=SimpleNamespace(Linear=torch.nn.Linear, HELD=hold)).eval()
     network.load_state_dict(dit.state_dict())
     spans = TokenLayout.of(*clip).spans
-    monkeypatch.setattr(dit_layers, "PIECE", max(spans))
+    monkeypatch.setattr(token_pieces, "PIECE", max(spans))
     network(*clip)
     experts, shared = len(dit.config.expert_layers), dit.config.num_layers - len(dit.config.expert_layers)
     assert held.count(0) == 2 * experts * sum(span > 0 for span in spans)  # one piece for each modality
     assert held.count(1) == held.count(3) == shared
 
 
+@torch.no_grad()
+def test_what_a_layer_adds_is_added_by_the_norm_that_follows(dit, clip, monkeypatch):
+    added, add = [], dit_layers.add
+    monkeypatch.setattr(dit_layers, "add", lambda *tensors, **place: added.append(1) or add(*tensors, **place))
+    dit(*clip)
+    assert len(added) == 1  # the last layer's
+
+
+@pytest.mark.parametrize("fp8_attention", [False, True])
 @pytest.mark.parametrize("name", ["dit", "sr_dit"])
 @torch.no_grad()
-def test_pieces_change_no_bit(name, clip, request, monkeypatch):
-    network = request.getfixturevalue(name)
+def test_pieces_change_no_bit(name, clip, request, monkeypatch, fp8_attention):
+    network = partial(request.getfixturevalue(name), fp8_attention=fp8_attention)
     whole = network(*clip)
     for piece in (32, 48):
-        monkeypatch.setattr(dit_layers, "PIECE", piece)
+        monkeypatch.setattr(token_pieces, "PIECE", piece)
         assert all(torch.equal(a, b) for a, b in zip(network(*clip), whole, strict=True))
 
 

@@ -7,7 +7,7 @@ import comfy.quant_ops
 import comfy.sd
 import pytest
 import torch
-from pack.model_loader import dit_layers
+from pack.model_loader import dit_layers, token_pieces
 from pack.nodes import files, padded_rows
 from pack.nodes.held_weights import held
 from pack.nodes.host import load_model
@@ -27,7 +27,7 @@ WAYS = {  # name: (file's style, quantised, whether a LoRA is added as the layer
 @pytest.fixture
 def pieces_of(monkeypatch):
     """Function: let at most so many tokens be one piece."""
-    return lambda tokens: monkeypatch.setattr(dit_layers, "PIECE", tokens)
+    return lambda tokens: monkeypatch.setattr(token_pieces, "PIECE", tokens)
 
 
 def linears_of(network):
@@ -45,7 +45,7 @@ def test_pieces_bring_a_weight_once_and_say_the_same(way, quantised_files, weigh
     network = model.model.diffusion_model
     linears = linears_of(network)
     pieces_of(3)  # 12 tokens of video, 5 of audio, 7 of text
-    assert len(dit_layers.cut((12, 5, 7), 1)) == 8 and len(dit_layers.cut((12, 5, 7), 3)) == 4 + 2 + 3
+    assert len(token_pieces.cut((12, 5, 7), 1)) == 8 and len(token_pieces.cut((12, 5, 7), 3)) == 4 + 2 + 3
     with monkeypatch.context() as without:
         for layer in network.block.layers:
             without.setattr(layer.attention, "held", dit_layers.holding(torch.nn))

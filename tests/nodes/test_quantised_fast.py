@@ -6,7 +6,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.model_management import module_size
-from pack.model_loader import dit_layers
+from pack.model_loader import token_pieces
 from pack.model_loader.fp8_linear import with_fp8_linears
 from pack.model_loader.load import load_dit
 from pack.model_loader.row_scales import quantised
@@ -92,10 +92,10 @@ def test_a_file_of_one_kind_becomes_the_other(quantised_files, stored, chosen):
     assert 0 < relative(forward(network), forward(load_dit(quantised_files[stored], dtype=torch.float32))) < 0.2
 
 
-@pytest.mark.parametrize("piece", [dit_layers.PIECE, 10])
+@pytest.mark.parametrize("piece", [token_pieces.PIECE, 10])
 @pytest.mark.parametrize("mode", [*MODES, None])
 def test_a_layer_is_compiled_whole(weights, monkeypatch, mode, piece):
-    monkeypatch.setattr(dit_layers, "PIECE", piece)  # tokens: 10 of 24, so that there are several
+    monkeypatch.setattr(token_pieces, "PIECE", piece)  # tokens: 10 of 24, so that there are several
     network = load_model(weights / files.MODEL.nano, torch.bfloat16, quantised=mode).model.diffusion_model
     before = forward(network)
     torch.compiler.reset()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.model_loader import dit_layers
+from pack.model_loader import token_pieces
 from pack.model_loader.dit import DiT
 from pack.model_loader.tokens import patchify
 from pack.nano.train_dit import CONFIG, initialise
@@ -49,7 +49,7 @@ def test_zero_skips_nothing():
 @torch.no_grad()
 def test_a_dit_whose_middle_always_runs_is_unchanged(piece, monkeypatch):
     """In pieces too, with which layers write into what they are given."""
-    monkeypatch.setattr(dit_layers, "PIECE", piece)
+    monkeypatch.setattr(token_pieces, "PIECE", piece)
     torch.manual_seed(0)
     dit = initialise(DiT(CONFIG, dtype=torch.float32)).requires_grad_(False)
     torch.nn.init.normal_(dit.final_linear_video.weight, std=0.1)

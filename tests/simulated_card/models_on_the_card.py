@@ -56,7 +56,7 @@ runpy.run_path(str(HERE.parents[1] / "as_package.py"))["load_pack"]()
 sys.path += [str(HERE.parent / "nodes"), str(HERE.parent / "model_loader")]
 from gguf_on_disk import write  # noqa: E402
 from pack.kernels import dispatch  # noqa: E402
-from pack.model_loader import dit_layers, turbo_pieces, turbo_vae  # noqa: E402
+from pack.model_loader import dit_layers, token_pieces, turbo_pieces, turbo_vae  # noqa: E402
 from pack.model_loader.config import TURBO_7_7  # noqa: E402
 from pack.model_loader.dit import DiT  # noqa: E402
 from pack.model_loader.load import load_dit, published_tensors, save_part  # noqa: E402
@@ -138,10 +138,10 @@ def kinds_of_weights(lora):
         yield kind, sample(model)
         yield f"{kind}, LoRA", sample(changed)
         yield f"{kind}, LoRA off", sample(model)
-        dit_layers.PIECE = 16  # tokens: the clip passes a layer in three pieces and more
+        token_pieces.PIECE = 16  # tokens: the clip passes a layer in three pieces and more
         yield f"{kind}, pieces", sample(model)
         yield f"{kind}, LoRA, pieces", sample(changed)
-        dit_layers.PIECE = 4096
+        token_pieces.PIECE = 4096
         name = f"merged_distill_{mode}_{gib}_{kind}"
         save_checkpoint(changed, filename_prefix=name, output_dir=str(files_folder))
         (saved,) = files_folder.glob(f"{name}*")
@@ -173,7 +173,7 @@ def kernels():
     model = LoadModel.execute(WIDE_HEADS, "bf16").args[0]
     yield "wide heads", sample(model)
     yield "fp8 attention", sample(with_fp8_attention(model))
-    dit_layers.PIECE = 16  # tokens
+    token_pieces.PIECE = 16  # tokens
     yield "fp8 attention, pieces", sample(with_fp8_attention(model))
     yield "fp8 attention, compiled", sample(with_compiled_layers(with_fp8_attention(model), backend="eager"))
 
