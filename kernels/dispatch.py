@@ -208,10 +208,10 @@ def add(x, delta, out=None):
     return (backend("add", x, delta) if served else reference).add(x, delta, out)
 
 
-def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
+def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None, total=None):
     """See `reference.add_rms_norm_spans`; Triton serves at most three spans."""
     chosen = backend("rms_norm", x, delta, weight, out_dtype=out_dtype) if len(spans) <= 3 else reference
-    return chosen.add_rms_norm_spans(x, delta, weight, spans, eps, out_dtype)
+    return chosen.add_rms_norm_spans(x, delta, weight, spans, eps, out_dtype, total)
 
 
 def swiglu7(x, out_dtype=None, padded=False):

@@ -47,12 +47,13 @@ def add(x, delta, out=None):
     return torch.add(x, delta, out=out)
 
 
-def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None):
+def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None, total=None):
     """Add to the residual stream and norm the sum: (x + delta, `rms_norm_spans` of it).
 
-    x [B, N, D] fp32, delta [B, N, D] any float dtype, weight [E, D]; the sum is fp32, the norm `out_dtype`.
+    x [B, N, D] fp32, delta [B, N, D] any float dtype, weight [E, D]; the sum is fp32, the norm `out_dtype`. `total`
+    takes the sum if given; it may be x.
     """
-    total = x + delta
+    total = torch.add(x, delta, out=total)
     return total, rms_norm_spans(total, weight, spans, eps, out_dtype)
 
 

@@ -97,9 +97,10 @@ def rms_norm(x, weight, eps=1e-6, out_dtype=None, out=None):
     return rms_norm_spans(x, weight.unsqueeze(0), (as_rows(x).shape[1],), eps, out_dtype, out)
 
 
-def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None, out=None):
+def add_rms_norm_spans(x, delta, weight, spans, eps=1e-6, out_dtype=None, total=None, out=None):
     """`reference.add_rms_norm_spans` for up to three spans, any strides; `out` takes the normed sum if given."""
-    total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if total is None:
+        total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if out is None:
         out = empty_output(x.shape, out_dtype or torch.float32, x.device)
     return total, launch(x, delta, total, weight, spans, eps, out)

@@ -67,12 +67,12 @@ class RMSNorm(nn.Module):
         return rms_norm_spans(x, self.rows(x.device), spans, self.eps, out_dtype)
 
     def of_sum(self, stream, spans, out_dtype):
-        """Return the sum of a Stream, and its norm in the same pass; spans as `forward`."""
+        """Return the sum of a Stream, in the place of its x, and in the same pass its norm; spans as `forward`."""
         x, change = stream
         if change is None:
             return x, self(x, spans, out_dtype)
-        spans = spans if self.experts > 1 else (x.shape[1],)
-        return add_rms_norm_spans(x, change, self.rows(x.device), spans, self.eps, out_dtype)
+        spans, place = spans if self.experts > 1 else (x.shape[1],), None if torch.is_grad_enabled() else x
+        return add_rms_norm_spans(x, change, self.rows(x.device), spans, self.eps, out_dtype, place)
 
 
 class ExpertLinear(nn.Module):
@@ -231,7 +231,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config, layer, **factory)
 
     def forward(self, stream, layout, rotary, attend, fp8=False):
-        """Return the Stream after this layer; what came in is written over if it passes in pieces without gradients.
+        """Return the Stream after this layer; without gradients it takes the place of the one that came in.
 
         rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`; fp8: it multiplies in that.
         """

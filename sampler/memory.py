@@ -20,7 +20,7 @@ TEXT_TOKENS = 640  # at most
 # residual, queries, keys, values and outputs; or after it, with the residual, outputs and what the tokens that pass the
 # linears at a time take (model_loader/token_pieces.py). 3.2 GB for five seconds of 1080p. Counted tensor by tensor by
 # `benchmarks.memory --check`.
-ATTENTION_BYTES, TOKEN_BYTES, PIECE_BYTES, PIECE = 9.6, 6.3, 44, 4096
+ATTENTION_BYTES, TOKEN_BYTES, PIECE_BYTES, PIECE = 9.6, 6.3, 42, 4096
 # fp32 copies of the latent that ComfyUI's sampling and our solver hold beside a forward, such as noise, start and
 # estimates: 0.9 GB for 1080p super-resolution (benchmarks.budgets).
 LATENT_COPIES = 19

@@ -61,7 +61,7 @@ def check_layers(case, network, layout, seen, dtype):
     rotary = rotary_table(layout, config.positions, config.head_dim, torch.device("cpu"))
     x = case["out.adapter_out"]
     for i, layer in enumerate(network.block.layers):
-        out = layer(Stream(x[None]), layout, rotary, joint_attention).sum()[0]
+        out = layer(Stream(x[None].clone()), layout, rotary, joint_attention).sum()[0]
         for part in ("attn_out", "mlp_out"):
             yield compare(case, f"out.layer{i}.{part}", torch.cat(seen[part])[order], dtype, BF16_LAYER)
         yield compare(case, f"out.layer{i}.out", out[order], dtype, BF16_LAYER)
@@ -118,7 +118,7 @@ def record_outputs(network):
     seen = {}
 
     def keep(name):
-        return lambda module, inputs, output: seen.__setitem__(name, output[0])
+        return lambda module, inputs, output: seen.__setitem__(name, output[0].clone())  # layers write over their input
 
     def keep_piece(name):
         return lambda module, inputs, output: seen[name].append(output.flatten(0, -2))

@@ -152,6 +152,9 @@ def test_add_rms_norm_spans(shape, spans, layout, dtype, out_dtype):
     x, delta = draw(*shape, scale=3.0), draw(*shape, dtype=dtype, scale=2.0).flip(1)
     weight = draw(len(spans), shape[-1])
     out = unwritten(*shape, dtype=out_dtype)
+    place = layout(x.clone())
+    found = rms_norm_triton.add_rms_norm_spans(place, layout(delta), layout(weight), spans, out=out, total=place)
+    assert found[0] is place and torch.equal(found[0], x + delta)
     found = rms_norm_triton.add_rms_norm_spans(layout(x), layout(delta), layout(weight), spans, out=out)
     wanted = reference.add_rms_norm_spans(x, delta, weight, spans, out_dtype=out_dtype)
     assert torch.equal(found[0], wanted[0]) and found[1] is out
