@@ -31,7 +31,6 @@ from ..sampler.memory import (
 from ..sampler.sizes import PIXELS_PER_LATENT, RATIOS, RESOLUTIONS, audio_length, latent_side, pixel_size, video_length
 
 TEXT_ENCODER_ACTIVATIONS = 200_000_000  # bytes: 640 tokens in fp32 at the MLP's width, a few times over
-TYPICAL_TEXT = 300  # tokens; with 640 a clip of 256p takes less, for it is two pieces then
 BUDGETS = (("1080p", "fp8", 24), ("540p", "fp8", 16), ("256p", "fp8", 12))
 HEAD = ("clip", "stage", "weights GB", "activations GB", "all on the card GB", "of the weights in RAM GB")
 
@@ -106,12 +105,12 @@ def storages(values):
 
 
 @torch.no_grad()
-def forward_bytes(config, size, seconds, text=TEXT_TOKENS):
-    """Count the peak of a full-size forward of a DiT in bf16 at a size in pixels, with so many tokens of text."""
+def forward_bytes(config, size, seconds):
+    """Count the peak of a full-size forward of a DiT in bf16 at a size in pixels, with the longest prompt."""
     network = build("dit", config, dtype=torch.bfloat16)
     audio = audio_length(seconds)
     video = torch.empty(1, 48, video_length(audio), latent_side(size[1]), latent_side(size[0]), device="meta")
-    sound, text = torch.empty(1, audio, 64, device="meta"), torch.empty(1, text, 3584, device="meta")
+    sound, text = torch.empty(1, audio, 64, device="meta"), torch.empty(1, TEXT_TOKENS, 3584, device="meta")
     with LiveBytes() as live:
         network(video, sound, text, attention=lambda q, k, v: torch.empty_like(q))  # as flash attention: no N x N
     return live.peak
@@ -146,7 +145,7 @@ def checks():
     for resolution, config in (("256p", DISTILL), ("540p", SR_540P), ("1080p", SR_1080P)):
         size = pixel_size(resolution, "16:9")
         predicted = activation_bytes(config, tokens_of(size, 5))
-        yield f"forward, {resolution}, 5 s", predicted, forward_bytes(config, size, 5, TYPICAL_TEXT)
+        yield f"forward, {resolution}, 5 s", predicted, forward_bytes(config, size, 5)
     for network, config in (("turbo_vae", TURBO_7_7), ("wan_vae", WAN22_VAE)):
         for resolution in ("256p", "540p", "1080p"):
             size = pixel_size(resolution, "16:9")

@@ -5,7 +5,7 @@ is fp32, matmuls and attention run in the linears' dtype, norms, rotation, gate 
 
 Long sequences pass the linears in pieces, so that no wide row exists for every token at once, and a layer writes what
 comes out into x. A 1080p clip has N = 65,706 tokens: x takes 1.35 GB, one bf16 [N, D] 0.67, q, k and v together 0.94;
-an unsplit MLP would take 5.4 more (up 3.6, activation 1.8), a piece of 4,096 tokens takes 0.34. Peaks in GB: in
+an unsplit MLP would take 5.4 more (up 3.6, activation 1.8), a piece of 4,352 tokens takes 0.36. Peaks in GB: in
 attention x 1.35 + q, k, v 0.94 + its output 0.67 = 3.0, in local layers 0.2 more for a window's keys; after it x 1.35 +
 attention's output 0.67 + what one piece takes from the gate to the MLP, in plain torch 0.9 = 2.9.
 """

@@ -6,6 +6,7 @@ import torch
 
 from ..model_loader.config import TurboVAEConfig
 from ..model_loader.load import expected_tensors
+from ..model_loader.token_pieces import PIECE
 from ..model_loader.turbo_pieces import PIECE_BYTES as DECODE_PIECE_BYTES
 from .sizes import PIXEL_MULTIPLE
 
@@ -20,7 +21,7 @@ TEXT_TOKENS = 640  # at most
 # residual, queries, keys, values and outputs; or after it, with the residual, outputs and what the tokens that pass the
 # linears at a time take (model_loader/token_pieces.py). 3.2 GB for five seconds of 1080p. Counted tensor by tensor by
 # `benchmarks.memory --check`.
-ATTENTION_BYTES, TOKEN_BYTES, PIECE_BYTES, PIECE = 9.6, 6.3, 42, 4096
+ATTENTION_BYTES, TOKEN_BYTES, PIECE_BYTES = 9.6, 6.3, 42
 # fp32 copies of the latent that ComfyUI's sampling and our solver hold beside a forward, such as noise, start and
 # estimates: 0.9 GB for 1080p super-resolution (benchmarks.budgets).
 LATENT_COPIES = 19
@@ -108,10 +109,9 @@ def held_bytes(config):
 def sampling_bytes(config, tokens):
     """Return the peak bytes beyond weights while ComfyUI samples so many tokens: a forward's, and latents.
 
-    A clip whose video alone is one piece passes its experts without weights being held, and the layers that are shared
-    in two pieces with them, which takes less.
+    The prompt counts with its longest, with which a clip may become two pieces and weights are held for both.
     """
-    held = held_bytes(config) if tokens > PIECE + TEXT_TOKENS else 0
+    held = held_bytes(config) if tokens > PIECE else 0
     latents = int(tokens) * config.video_in_channels * 4 * LATENT_COPIES
     return activation_bytes(config, tokens) + held + latents
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pack.benchmarks.memory import TYPICAL_TEXT, LiveBytes, encoding_bytes, forward_bytes, main, step_bytes, tokens_of
+from pack.benchmarks.memory import LiveBytes, encoding_bytes, forward_bytes, main, step_bytes, tokens_of
 from pack.model_loader.config import DISTILL, SR_540P, SR_1080P, T5GEMMA_9B, TURBO_7_7, WAN22_VAE
 from pack.sampler.memory import (
     Stage,
@@ -57,7 +57,7 @@ def test_a_forward_takes_what_is_predicted(config, size, seconds):
     """Counted over ten layers, among which every kind is: the last one has experts with swiglu7."""
     local = tuple(layer for layer in config.local_attention_layers if layer < 10)
     few = replace(config, num_layers=10, expert_layers=(0, 1, 2, 3, 9), local_attention_layers=local)
-    counted = forward_bytes(few, size, seconds, TYPICAL_TEXT)
+    counted = forward_bytes(few, size, seconds)
     assert 0.95 * counted < activation_bytes(config, tokens_of(size, seconds)) < 1.1 * counted
 
 

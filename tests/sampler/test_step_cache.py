@@ -45,7 +45,7 @@ def test_zero_skips_nothing():
     assert "nothing skipped in 2" in cache.report()
 
 
-@pytest.mark.parametrize("piece", [4096, 5])
+@pytest.mark.parametrize("piece", [token_pieces.PIECE, 5])
 @torch.no_grad()
 def test_a_dit_whose_middle_always_runs_is_unchanged(piece, monkeypatch):
     """In pieces too, with which layers write into what they are given."""

@@ -138,10 +138,10 @@ def kinds_of_weights(lora):
         yield kind, sample(model)
         yield f"{kind}, LoRA", sample(changed)
         yield f"{kind}, LoRA off", sample(model)
-        token_pieces.PIECE = 16  # tokens: the clip passes a layer in three pieces and more
+        whole, token_pieces.PIECE = token_pieces.PIECE, 16  # tokens: a layer takes the clip in three pieces and more
         yield f"{kind}, pieces", sample(model)
         yield f"{kind}, LoRA, pieces", sample(changed)
-        token_pieces.PIECE = 4096
+        token_pieces.PIECE = whole
         name = f"merged_distill_{mode}_{gib}_{kind}"
         save_checkpoint(changed, filename_prefix=name, output_dir=str(files_folder))
         (saved,) = files_folder.glob(f"{name}*")
