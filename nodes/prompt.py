@@ -105,8 +105,8 @@ class EncodePrompt(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="What is seen and heard: scene, action, camera, what is said and the background sound. "
                     f"Full-size models want 150 to 200 words and read up to {MAX_TEXT_TOKENS} tokens; nano wants one "
-                    'sentence with the background in it, as "A red ball bounces on a blue floor" or "A yellow face says '
-                    'ma mo mi on a blue background". Brackets are plain text here, not weights.',
+                    'sentence with the background in it, as "A red ball bounces on a blue floor" or "A yellow face '
+                    'says ma mo mi on a blue background". Brackets are plain text here, not weights.',
                 ),
             ],
             outputs=[
