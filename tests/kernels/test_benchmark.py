@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pack.benchmarks import attention_rows, growth, measure, quantised, run, stages
+from pack.model_loader.attention import joint_attention
 from pack.model_loader.tokens import TokenLayout
 
 
@@ -62,6 +63,16 @@ def test_scores_count_what_local_attention_sees():
     near = ((frame[:, None] - frame[None]).abs() <= radius).sum().item()
     assert attention_rows.scores(layout, radius) == near + 30 * 6 + 6 * 36
     assert attention_rows.scores(layout) == 36 * 36
+
+
+@pytest.mark.parametrize("radius", [None, 1])
+def test_attention_in_fp8_is_measured_on_queries_and_keys_that_are_in_it(radius):
+    layout = TokenLayout(frames=5, rows=2, columns=3, audio=4, text=2)
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 36, 16, generator=random) for heads in (4, 2, 2))
+    found = attention_rows.in_fp8(q, k, layout, radius)(None, None, v)
+    error = attention_rows.relative_rms(found, joint_attention(q, k, v, layout, radius))
+    assert 0.005 < error < 0.1 and found.shape == q.shape
 
 
 def test_exponent_of_a_power():
