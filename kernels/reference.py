@@ -75,7 +75,7 @@ def gelu7(x, out_dtype=None, padded=False):
 
 
 def sigmoid_gelu(x):
-    """x * sigmoid(1.702 x), in fp32; without gradients in x itself if that is fp32."""
+    """x * sigmoid(1.702 x), in fp32; an x that is fp32 already is written over."""
     wide = x.float().mul_(1.702)
     return F.silu(wide, inplace=not torch.is_grad_enabled()).mul_(1 / 1.702)
 
