@@ -28,7 +28,7 @@ from ..kernels import (
     rms_norm_spans,
     swiglu7,
 )
-from .token_pieces import by_expert, cut, join, split
+from .token_pieces import by_expert, cut, split
 
 MODALITIES = ("video", "audio", "text")
 
@@ -86,7 +86,8 @@ class ExpertLinear(nn.Module):
     def forward(self, x, spans):
         """x [B, N, in_features] -> [B, N, out_features]; no copy where all tokens are of one span."""
         parts = zip(MODALITIES, x.split(spans, dim=1), spans, strict=True)
-        return join([project(getattr(self, modality), part, spans) for modality, part, length in parts if length])
+        out = [project(getattr(self, modality), part, spans) for modality, part, length in parts if length]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 def input_dtype(operations, dtype):
@@ -155,12 +156,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, self.experts, device=device)
         self.linear_proj = linear(width, width, self.experts, **factory)
 
-    def forward(self, stream, layout, rotary, attend, fp8):
+    def forward(self, stream, pieces, layout, rotary, attend, fp8):
         """Return the sum of a Stream, attention's output [B, Hq, N, d] in the linears' dtype, its gate [B, N, Hq] fp32.
 
-        fp8: `attend` gets q and k in it, see `attention_inputs`.
+        pieces: what `cut` makes of the sequence. fp8: `attend` gets q and k in it, see `attention_inputs`.
         """
-        pieces = cut(layout.spans, self.experts, stream.x.is_cuda)
         if len(pieces) == 1:
             x, normed = self.pre_norm.of_sum(stream, *pieces, self.dtype)
             q, k, v, gate = self.inputs(normed, *pieces, rotary, fp8)
@@ -173,20 +173,13 @@ class Attention(nn.Module):
     def inputs_of(self, x, pieces, rotary, fp8):
         """Return q, k, v and gate of several pieces, x [B, N, D] being all of them."""
         parts = zip(split(x, pieces), pieces, split(rotary, pieces, 0), strict=True)
-
-        def inputs(x, spans, rotary, out=None):
-            return self.inputs(self.pre_norm(x, spans, self.dtype), spans, rotary, fp8, out)
-
-        if torch.is_grad_enabled():  # which wants results joined; else they go to their place
-            made = zip(*[inputs(*part) for part in parts], strict=True)
-            return [join(tensors, dim) for tensors, dim in zip(made, (2, 2, 2, 1), strict=True)]
         dtype = torch.bfloat16 if self.dtype == FP8 else self.dtype
         q, k, v, gate = whole = empty_attention_inputs(x, dtype, self.heads, self.head_dim, fp8)
         places = zip(*(split(heads, pieces, 2) for heads in (q, k, v)), split(gate, pieces), strict=True)
         for expert, run in by_expert(pieces, parts, places):
             with self.held([of_expert(self.linear_qkv, expert)] * (len(run) > 1), x.device):
-                for part, place in run:
-                    inputs(*part, out=place)
+                for (part, spans, angles), place in run:
+                    self.inputs(self.pre_norm(part, spans, self.dtype), spans, angles, fp8, place)
         return whole
 
     def inputs(self, normed, spans, rotary, fp8, out=None):
@@ -235,13 +228,11 @@ class Layer(nn.Module):
 
         rotary [N, 6*(head_dim//8)] fp32; attend as `joint_attention`; fp8: it multiplies in that.
         """
-        x, out, gate = self.attention(stream, layout, rotary, attend, fp8)
-        pieces = cut(layout.spans, self.attention.experts, x.is_cuda)
+        pieces = cut(layout.spans, self.attention.experts, stream.x.is_cuda)
+        x, out, gate = self.attention(stream, pieces, layout, rotary, attend, fp8)
         if len(pieces) == 1:
             return self.rest(x, out, gate, *pieces)
         parts = zip(split(x, pieces), split(out, pieces, 2), split(gate, pieces), pieces, strict=True)
-        if torch.is_grad_enabled():
-            return Stream(join([self.rest(*part).sum() for part in parts]))
         linears = (self.attention.linear_proj, self.mlp.up_gate_proj, self.mlp.down_proj)
         for expert, run in by_expert(pieces, parts):
             with self.attention.held([of_expert(layer, expert) for layer in linears if len(run) > 1], x.device):

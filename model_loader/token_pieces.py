@@ -1,11 +1,9 @@
-"""Long sequences in pieces: how they are cut, split and joined again, one expert's after another's."""
+"""Long sequences in pieces: how they are cut and split, one expert's after another's."""
 
 import itertools
 import math
 
 import torch
-
-from ..kernels import Fp8Rows
 
 PIECE = 4352  # tokens that pass the linears at a time, at most: five seconds of 256p with the longest prompt are one
 
@@ -14,10 +12,11 @@ def cut(spans, experts, short_too=False):
     """Cut a sequence of more than PIECE tokens into pieces of fewer, where there are experts none of two of them.
 
     short_too: between experts a shorter one is cut too. A card takes longer to join what they return than to launch
-    small kernels, a processor does not. Returns for every piece the lengths of its spans, one for each expert.
+    small kernels, a processor does not. With gradients nothing is cut: autograd keeps every row anyway. Returns for
+    every piece the lengths of its spans, one for each expert.
     """
     spans = spans if experts > 1 else (sum(spans),)
-    if sum(spans) <= PIECE and not (short_too and experts > 1):
+    if torch.is_grad_enabled() or sum(spans) <= PIECE and not (short_too and experts > 1):
         return [tuple(spans)]
     pieces = []
     for expert, span in enumerate(spans):
@@ -30,13 +29,6 @@ def cut(spans, experts, short_too=False):
 def split(x, pieces, dim=1):
     """Split a tensor or Fp8Rows along its tokens into the pieces that `cut` gave."""
     return x.split([sum(piece) for piece in pieces], dim)
-
-
-def join(parts, dim=1):
-    """Concatenate tensors or Fp8Rows; a single part is returned as it is."""
-    if isinstance(parts[0], Fp8Rows):
-        return Fp8Rows(*(join(tensors, dim) for tensors in zip(*parts, strict=True)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def by_expert(pieces, *parts):

@@ -15,6 +15,7 @@ from pack.model_loader.fp8_linear import with_fp8_linears
 from pack.model_loader.load import load_dit, load_text_encoder, tokenizer_json
 from pack.model_loader.tokens import TokenLayout
 from pack.sampler.denoise import seeded_noise
+from pack.sampler.memory import TEXT_TOKENS
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,7 +50,8 @@ def test_bf16_keeps_its_fp32_islands_and_stays_near_fp32(dit, clip):
     assert 0 < (v_video - wanted).norm() / wanted.norm() < 2e-2
 
 
-def test_every_weight_gets_a_gradient(dit, clip):
+def test_every_weight_gets_a_gradient(dit, clip, monkeypatch):
+    monkeypatch.setattr(token_pieces, "PIECE", 16)  # which does not count then: pieces are written to their place
     v_video, v_audio = dit(*clip)
     (v_video.square().mean() + v_audio.square().mean()).backward()
     still = {name for name, parameter in dit.named_parameters() if parameter.grad is None or not parameter.grad.any()}
@@ -80,6 +82,7 @@ def test_local_layers_are_the_ones_the_configuration_names(sr_dit, clip):
 
 
 @pytest.mark.parametrize("experts", [1, 3])
+@torch.no_grad()
 def test_pieces_hold_at_most_so_many_tokens_of_one_expert(monkeypatch, experts):
     monkeypatch.setattr(token_pieces, "PIECE", 10)
     pieces = token_pieces.cut((25, 0, 4), experts)
@@ -88,6 +91,11 @@ def test_pieces_hold_at_most_so_many_tokens_of_one_expert(monkeypatch, experts):
     assert experts == 1 or [piece[2] for piece in pieces] == [0, 0, 0, 4]
     assert token_pieces.cut((5, 0, 4), experts) == ([(9,)] if experts == 1 else [(5, 0, 4)])
     assert token_pieces.cut((5, 0, 4), experts, True) == ([(9,)] if experts == 1 else [(5, 0, 0), (0, 0, 4)])
+
+
+@torch.no_grad()
+def test_five_seconds_of_256p_are_one_piece_with_the_longest_prompt():
+    assert len(token_pieces.cut((3584, 126, TEXT_TOKENS), 1)) == 1
 
 
 @torch.no_grad()
