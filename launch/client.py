@@ -1,6 +1,7 @@
 """Queue a workflow on a ComfyUI server and follow it to its end, over HTTP and a websocket."""
 
 import json
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -8,6 +9,9 @@ import uuid
 from dataclasses import dataclass
 
 from . import LaunchError
+
+NOTICE = "notice"  # what we call the event of a node's text
+TEXT = 3  # its number among ComfyUI's binary messages (protocol.BinaryEventTypes)
 
 
 class PromptError(LaunchError):
@@ -90,9 +94,16 @@ class Client:
         """Ask the server to stop this prompt if it is running."""
         self.request("/interrupt", {"prompt_id": prompt_id})
 
-    def run(self, graph, on_progress=lambda progress: None, on_queued=lambda prompt_id: None):
+    def run(
+        self,
+        graph,
+        on_progress=lambda progress: None,
+        on_queued=lambda prompt_id: None,
+        on_notice=lambda node, text: None,
+    ):
         """Queue an API workflow, call `on_progress` at least twice a second, return its outputs {node id: {...}}.
 
+        `on_notice(title, text)` gets what a node shows about itself while it runs, remarks from its second line on.
         Raises PromptError if it is refused, NodeError if a node fails, Interrupted if somebody stops it.
         """
         events = self._connect()
@@ -104,6 +115,8 @@ class Client:
                 on_progress(progress)
                 self.check_alive()
                 kind, about = self._next_event(events)
+                if kind == NOTICE:
+                    on_notice(node_title(graph, about["node"]), about["text"])
                 if about.get("prompt_id") != prompt_id:
                     continue
                 if kind == "execution_success":
@@ -134,7 +147,10 @@ class Client:
         return events
 
     def _next_event(self, events):
-        """Return (type, data) of the next message; ("", {}) for a preview picture, or after half a second of none."""
+        """Return (type, data) of the next message; ("", {}) for a preview picture, or after half a second of none.
+
+        A node's text is (NOTICE, {"node", "text"}): which prompt it belongs to does not stand in it.
+        """
         import websocket
 
         try:
@@ -144,7 +160,7 @@ class Client:
         except (websocket.WebSocketException, OSError) as error:
             raise self._broken(error) from error
         if isinstance(message, bytes):
-            return "", {}
+            return _notice(message)
         if not message:
             raise self._broken("it was closed")
         event = json.loads(message)
@@ -154,6 +170,14 @@ class Client:
         time.sleep(0.5)  # a dying server closes its connections a moment before it has ended
         self.check_alive()
         return LaunchError(f"The connection to ComfyUI at {self.url} failed: {reason}")
+
+
+def _notice(message):
+    """Return the event in a binary message: its kind and the length of the node's id, big-endian, id, text."""
+    kind, length = struct.unpack_from(">II", message)
+    if kind != TEXT:
+        return "", {}
+    return NOTICE, {"node": message[8 : 8 + length].decode(), "text": message[8 + length :].decode()}
 
 
 def _advance(progress, kind, about, graph):

@@ -25,8 +25,8 @@ def parser():
     command = argparse.ArgumentParser(
         prog="run.py demo",
         description="Turn a prompt into a clip with sound: start a ComfyUI without a window, run the built-in tiny "
-        "model on it, write an mp4 into output/, stop the server. The tiny model knows balls, cubes and talking faces, "
-        "in eight colours.",
+        "model on it, write an mp4 into output/, stop the server. The tiny model knows balls and cubes that bounce, "
+        "and faces that say ma, me, mi, mo and mu, in eight colours.",
     )
     command.add_argument("prompt", nargs="?", default=PROMPT, metavar="PROMPT", help='default: "%(default)s"')
     command.add_argument("--seconds", type=seconds, default=2.0, help="of the clip, 1 to 2 (default: %(default)s)")
@@ -111,7 +111,7 @@ def main():
 
 
 def make_clip(options):
-    """Run the workflow on a server of our own, with progress, and print the clip's path and streams."""
+    """Run the workflow on a server of our own, with progress; print what to mind, the clip's path and streams."""
     workflow = WORKFLOWS / ("nano_i2v.json" if options.image else "nano_t2v.json")
     if not workflow.is_file():
         raise LaunchError(f"{workflow} is missing. Was it deleted? `git status` tells, `git checkout` brings it back.")
@@ -127,16 +127,20 @@ def make_clip(options):
         line.done("ComfyUI is ready")
         if options.image:
             shutil.copy(options.image, server.input)
-        line = StatusLine()
+        line, told = StatusLine(), []
         client = Client(server.url, server.check_alive)
         needed = sorted({node["class_type"] for node in graph.values()})
         if lacking := [name for name in needed if not client.request(f"/object_info/{name}")]:
             raise LaunchError(f"ComfyUI could not load {', '.join(lacking)}. Its log:\n{server.log(100)}")
         try:
-            outputs = client.run(graph, lambda now: line.show(str(now)))
+            outputs = client.run(
+                graph, lambda now: line.show(str(now)), on_notice=lambda node, text: told.extend(text.splitlines()[1:])
+            )
         except NodeError as error:
             raise NodeError(f"{error}\nThe last lines of ComfyUI's log:\n{server.log()}") from None
         line.done("Clip is ready")
+    for remark in told:
+        print(f"Note: {remark}")
     clip = clip_path(outputs, OUTPUT)
     print(clip, *(f"  {stream}" for stream in probe(clip)), sep="\n", flush=True)
     if options.open:

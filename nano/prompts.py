@@ -1,6 +1,7 @@
 """English prompts for a scene of nano's world: free sentences in varied wording, and the model's structured form."""
 
 import hashlib
+import re
 
 import numpy as np
 
@@ -129,3 +130,8 @@ def corpus(count, seed=31):
     rng = np.random.default_rng(seed)
     scenes = [draw_scene(rng) for _ in range(count)]
     return [(scene, draw_prompt(scene, rng)) for scene in scenes]
+
+
+def words(prompts):
+    """Return every word of the prompts, in lower case, sorted."""
+    return sorted({word for prompt in prompts for word in re.findall(r"\w+", prompt.casefold())})

@@ -15,7 +15,7 @@ from ..model_loader.config import TextEncoderConfig
 from ..model_loader.load import save_part
 from ..model_loader.text_encoder import TextEncoder
 from . import world
-from .prompts import corpus
+from .prompts import corpus, words
 from .training import WEIGHTS, train
 
 CONFIG = TextEncoderConfig(
@@ -124,6 +124,7 @@ def main():
             "features_std": average["encoder"](torch.from_numpy(arrays[lengths[0]][0][:64])).std().item(),
         }
     )
+    (WEIGHTS / "nano_words.txt").write_text("\n".join(words(prompt for _, prompt in pairs)) + "\n", encoding="utf-8")
     save_part(
         WEIGHTS / "nano_text_encoder.safetensors",
         average["encoder"].to(torch.bfloat16),

@@ -12,6 +12,7 @@ import folder_paths
 
 PACK = Path(__file__).parent.parent
 NANO_WEIGHTS = PACK / "nano" / "weights"
+NANO_WORDS = NANO_WEIGHTS / "nano_words.txt"  # what its text encoder was trained on
 EXAMPLES = PACK / "workflows" / "input"
 DOWNLOADS = PACK / "nodes" / "downloads.json"  # {name: {"directory", "url", "beside": {name: url}}}
 SHARD = re.compile(r"-(\d{5})-of-\d{5}\.safetensors$")

@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 
 from .clip import MAX_TEXT_TOKENS, reads_long_prompts, require_prompt_encoder, token_count, too_long
+from .files import NANO_WORDS
 from .notice import notice
-from .prompt_text import FEWEST_WORDS, LANGUAGES, Speech, structured_prompt, too_short, word_count
+from .prompt_text import FEWEST_WORDS, LANGUAGES, Speech, structured_prompt, too_short, unfamiliar, word_count
 
 SPEAKERS = ("speaker_1", "speaker_2", "speaker_3", "speaker_4")
 OFF, ON = "off", "on"
@@ -31,6 +32,16 @@ def _speaker_input(id):
         options=[io.DynamicCombo.Option(OFF, []), io.DynamicCombo.Option(ON, opened)],
         tooltip="on: one more voice. The lines are heard in the order of the speakers.",
     )
+
+
+def _remarks(clip, text, tokens):
+    """Return what to mind about a prompt of so many tokens: that it is too long, too short, or unknown to nano."""
+    remarks = [too_long(tokens)] if tokens > MAX_TEXT_TOKENS else []
+    if reads_long_prompts(clip):
+        remarks.append(too_short(word_count(text)) if text.strip() else "")
+    else:
+        remarks.append(unfamiliar(text, set(NANO_WORDS.read_text(encoding="utf-8").split())))
+    return filter(None, remarks)
 
 
 class PromptBuilder(io.ComfyNode):
@@ -118,8 +129,5 @@ class EncodePrompt(io.ComfyNode):
     def execute(cls, clip, text):
         """Encode the prompt at its true length; tell it."""
         tokens = token_count(require_prompt_encoder(clip), text)
-        told = [too_long(tokens) if tokens > MAX_TEXT_TOKENS else f"{tokens} of {MAX_TEXT_TOKENS} tokens"]
-        if reads_long_prompts(clip) and text.strip():
-            told += filter(None, [too_short(word_count(text))])
-        notice(cls, "\n".join(told))
+        notice(cls, "\n".join([f"{tokens} of {MAX_TEXT_TOKENS} tokens", *_remarks(clip, text, tokens)]))
         return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text)))

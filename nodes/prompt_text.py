@@ -117,6 +117,20 @@ def too_short(words):
     )
 
 
+def unfamiliar(text, words, most=8):
+    """Return what to tell of a text that uses others than those `words` (lower case); "" if it does not."""
+    used = dict.fromkeys(re.findall(r"\w+", text.replace(NO_BACKGROUND, "").casefold()))
+    unknown = [word for word in used if word not in words]
+    if not unknown:
+        return ""
+    more = f" and {len(unknown) - most} more" if len(unknown) > most else ""
+    return (
+        f"nano, the built-in tiny model, has not learnt: {', '.join(unknown[:most])}{more}. It knows a ball or a cube "
+        "that bounces, and a face that says ma, me, mi, mo or mu, in red, green, blue, yellow, purple, orange, cyan or "
+        "white, on a background of another one of these."
+    )
+
+
 def _tidy(text):
     return space_cjk(QUOTATION_MARK.sub('"', " ".join(text.split())))
 

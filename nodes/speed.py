@@ -1,7 +1,5 @@
 """The node for what makes a forward faster and is off by default: another attention, compiled layers, a step cache."""
 
-import logging
-
 import comfy.ldm.modules.attention as core_attention
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -70,7 +68,6 @@ def with_step_cache(model, threshold, tell):
             return executor(*args, **kwargs)
         finally:
             guider.model_options = options
-            logging.info(cache.report())
             tell(cache.report())
 
     faster = model.clone()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import av
 import numpy as np
@@ -101,8 +102,17 @@ def test_nodes_tell_what_is_outside_the_training(watch, graph):
     strange["4"]["inputs"]["steps"] = 1
     told = watch(strange).notices  # the node's id stands before the text
     assert "builder806 words" in told
-    assert any(text.startswith("2The prompt has ") and "reads the first 640" in text for text in told)
+    assert any(re.match(r"2\d+ of 640 tokens\nThe prompt has .* reads the first 640", text) for text in told)
     assert any(text.startswith("3416x320, 9 frames\n416x320 is larger than the 256p") for text in told)
+
+
+def test_a_program_hears_what_nodes_tell_and_the_log_keeps_it(client, server, graph):
+    strange, told = shortened(graph("nano_t2v")), []
+    strange["2"]["inputs"]["text"] = "A red dog bounces on a blue floor"
+    client.run(strange, on_notice=lambda node, text: told.append((node, text)))
+    (remark,) = [text.splitlines()[1] for node, text in told if node == "HappyHorseEncodePrompt"]
+    assert "has not learnt: dog." in remark
+    assert f"HappyHorse Prompt: {remark}" in server.log(100)
 
 
 def test_a_fault_that_shows_while_it_runs_is_explained(client, graph):

@@ -2,7 +2,7 @@
 
 import pytest
 from pack.launch import LaunchError
-from pack.launch.client import Client, Interrupted, NodeError, Progress, _advance, explain_refusal
+from pack.launch.client import Client, Interrupted, NodeError, Progress, _advance, _notice, explain_refusal
 from pack.launch.server import free_port
 
 GRAPH = {
@@ -45,6 +45,12 @@ def test_bad_ends_are_errors():
     about = {"node_id": "8", "exception_type": "ValueError", "exception_message": "text is too long\n"}
     with pytest.raises(NodeError, match="^HappyHorseSampler failed: ValueError: text is too long$"):
         _advance(Progress(""), "execution_error", about, GRAPH)
+
+
+def test_a_nodes_text_is_told_from_a_preview():
+    message = b"\0\0\0\3" + b"\0\0\0\2" + b"12" + "9 of 640 tokens\nToo short: größer".encode()
+    assert _notice(message) == ("notice", {"node": "12", "text": "9 of 640 tokens\nToo short: größer"})
+    assert _notice(b"\0\0\0\1" + message[4:]) == ("", {})
 
 
 def test_server_that_is_not_there():

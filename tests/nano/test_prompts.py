@@ -2,6 +2,7 @@
 
 import numpy as np
 from pack.nano import prompts, world
+from pack.nano.training import WEIGHTS
 
 
 def test_every_prompt_names_colour_and_kind():
@@ -31,3 +32,8 @@ def test_spoken_syllables_stand_in_the_prompt():
     for scene, prompt in prompts.corpus(200, seed=6):
         if scene.kind == "face":
             assert " ".join(scene.syllables) in prompt
+
+
+def test_the_list_of_known_words_is_that_of_the_training():
+    listed = (WEIGHTS / "nano_words.txt").read_text(encoding="utf-8").split()
+    assert listed == prompts.words(prompt for _, prompt in prompts.corpus(4000))

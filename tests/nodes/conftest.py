@@ -143,10 +143,10 @@ def lora(weights):
 @pytest.fixture
 def notices(monkeypatch):
     """List that collects what nodes tell the user while they run."""
-    from pack.nodes import encode, extend, sampling, soundtrack, super_resolution
+    from pack.nodes import encode, extend, prompt, sampling, soundtrack, super_resolution
 
     told = []
-    for room in (encode, extend, sampling, soundtrack, super_resolution):
+    for room in (encode, extend, prompt, sampling, soundtrack, super_resolution):
         monkeypatch.setattr(room, "notice", lambda node, message: told.append(message))
     return told
 

@@ -59,6 +59,45 @@ def test_nanos_encoder_wants_no_long_prompts(loaded):
     assert not reads_long_prompts(loaded[1])
 
 
+@pytest.mark.parametrize(
+    "text, unknown",
+    [
+        ("A red ball bounces on a blue floor", None),
+        ('An orange FACE says: "ma, mo." On purple!', None),
+        ("", None),
+        ("A red dog says pa pa on a blue floor", "dog, pa."),
+        ("Un ballon rouge 跳", "un, ballon, rouge, 跳."),
+        ("ten words that are not known here: one of two", "ten, words, that, are, known, here."),
+        (
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa",
+            "alpha, beta, gamma, delta, epsilon, zeta, eta, theta and 2 more.",
+        ),
+    ],
+)
+def test_words_that_nano_has_not_learnt_are_told(loaded, notices, text, unknown):
+    encode(loaded, text)
+    assert len(notices) == 1
+    remarks = notices[0].splitlines()[1:]
+    assert len(remarks) == (unknown is not None)
+    assert unknown is None or f" has not learnt: {unknown} It knows" in remarks[0]
+
+
+def test_what_the_builder_writes_by_itself_is_not_told(loaded, notices):
+    off = {f"speaker_{number}": {f"speaker_{number}": "off"} for number in (1, 2, 3, 4)}
+    prompt = PromptBuilder.execute("A red ball bounces on a blue floor.", "", **off).args[0]
+    encode(loaded, prompt)
+    assert notices[-1].splitlines()[1:] == []
+
+
+def test_what_a_node_shows_is_logged(loaded, caplog):
+    with caplog.at_level(logging.INFO):
+        encode(loaded, "a dog")
+    told = [
+        (record.levelname, record.message.split(":")[0]) for record in caplog.records if "HappyHorse" in record.message
+    ]
+    assert told == [("INFO", "HappyHorse Prompt"), ("WARNING", "HappyHorse Prompt")]
+
+
 def test_builder_takes_the_speakers_that_are_on():
     prompt = PromptBuilder.execute(
         description="A park.",
