@@ -5,6 +5,8 @@ import functools
 import comfy.ldm.modules.attention as core_attention
 from comfy.cli_args import args
 
+from .sage import sage_or
+
 ATTENTION = "optimized_attention_override"  # core's key in transformer_options, which other packs' nodes set as well
 FP8_ATTENTION = "happyhorse_fp8_attention"  # key in transformer_options: True where our attention multiplies in fp8
 FLAGS = ("use_sage_attention", "use_flash_attention", "use_ck_attention")  # with which ComfyUI is started
@@ -20,6 +22,8 @@ def of_forward(transformer_options):
     elif ATTENTION in transformer_options or flagged:
         function = core_attention.optimized_attention if flagged else core_attention.attention_pytorch
         given["attention"] = functools.partial(_cores_attention, function, transformer_options)
+        if ATTENTION not in transformer_options and args.use_sage_attention:
+            given["attention"] = functools.partial(sage_or, given["attention"])
     if STEP_CACHE in transformer_options:
         key = tuple(transformer_options["uuids"])  # core's names of the conditions in this batch
         given["step_cache"] = functools.partial(transformer_options[STEP_CACHE], key)

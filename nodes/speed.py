@@ -3,6 +3,7 @@
 import comfy.ldm.modules.attention as core_attention
 import comfy.model_patcher
 import comfy.patcher_extension
+import torch
 from comfy_api.latest import io
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -11,8 +12,10 @@ from ..sampler.step_cache import StepCache
 from .forward_options import ATTENTION, FP8_ATTENTION, STEP_CACHE
 from .host import require_happyhorse
 from .notice import notice
+from .sage import sage_attention, why_no_sage
 
 CORES = {"int8": "comfy_kitchen_int8", "sage": "sage", "flash": "flash"}  # our choice -> core's name of an attention
+COMPILATIONS = 64  # of layers, at most; two models at two sizes take 10
 PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}  # what pip calls the packages that core looks for
 
 
@@ -42,13 +45,30 @@ def with_attention(model, choice):
             f"Install it with ComfyUI's own Python (python -m pip install {PACKAGES[choice]}) and start ComfyUI again, "
             "or choose 'default'."
         )
+    if choice == "sage":
+        function = sage_for(model)
     faster = model.clone()
     faster.model_options["transformer_options"][ATTENTION] = lambda _, *args, **options: function(*args, **options)
     return faster
 
 
+def sage_for(model):
+    """Return SageAttention with the arguments of core's attentions; ValueError where it cannot run a MODEL's heads."""
+    config = model.model.diffusion_model.config
+    fault = why_no_sage(model.load_device, model.model.get_dtype(), config.head_dim)
+    if fault is not None:
+        raise ValueError(f"attention is 'sage', and SageAttention cannot run here ({fault}). Choose 'default'.")
+    return lambda q, k, v, *_, **__: sage_attention(q, k, v)
+
+
 def with_compiled_layers(model, backend="inductor"):
-    """Return the MODEL with every layer compiled by torch when it first runs; `backend` is torch.compile's."""
+    """Return the MODEL with every layer compiled by torch when it first runs; `backend` is torch.compile's.
+
+    Kinds of layers, models and sizes share one count of compilations: past torch's 8 the rest would run uncompiled.
+    """
+    limits = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.6
+    setattr(limits, limit, max(getattr(limits, limit), COMPILATIONS))
     count = len(model.model.diffusion_model.block.layers)
     faster = model.clone(disable_dynamic=True)
     keys = [f"diffusion_model.block.layers.{number}" for number in range(count)]

@@ -1,13 +1,18 @@
 """What makes forwards faster: another attention, compiled layers and a step cache change what they say, no more."""
 
+import sys
+from types import SimpleNamespace
+
 import comfy.ldm.modules.attention as core_attention
 import pytest
 import torch
 from comfy.cli_args import args
-from pack.nodes import speed
+from pack.nodes import sage, speed
+from pack.nodes.conditioning import EmptyLatent
 from pack.nodes.prompt import EncodePrompt
 from pack.nodes.sampling import Sampler
 from pack.nodes.speed import Speed, with_compiled_layers, with_step_cache
+from pack.nodes.super_resolution import SuperResolution
 
 SEED = 9
 
@@ -51,20 +56,20 @@ def test_as_it_stands_nothing_changes(loaded, told):
 def test_an_attention_of_cores_is_asked_and_gives_its_result(loaded, prompt, latent, told, monkeypatch):
     calls = []
 
-    def sage(q, k, v, heads, **options):
+    def flash(q, k, v, heads, **options):
         calls.append((q.shape, k.shape, heads))
         return core_attention.attention_pytorch(q, k, v, heads, **options)
 
-    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", sage)
-    faster = Speed.execute(loaded[0], attention="sage").args[0]
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "flash", flash)
+    faster = Speed.execute(loaded[0], attention="flash").args[0]
     result = sample(faster, prompt, latent)
-    assert len(calls) == 8 * 4 and told == ["sage attention"]
+    assert len(calls) == 8 * 4 and told == ["flash attention"]
     (_, heads, tokens, size), shape_of_keys, told_heads = calls[0]
     assert shape_of_keys == (1, heads // 2, tokens, size) and told_heads == heads
     for a, b in zip(result, sample(loaded[0], prompt, latent), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", lambda q, *_, **__: torch.zeros_like(q))
-    assert not equal(sample(Speed.execute(loaded[0], attention="sage").args[0], prompt, latent), result)
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "flash", lambda q, *_, **__: torch.zeros_like(q))
+    assert not equal(sample(Speed.execute(loaded[0], attention="flash").args[0], prompt, latent), result)
 
 
 def test_a_missing_attention_is_named_with_its_package(loaded):
@@ -133,6 +138,71 @@ def test_compiled_layers_give_the_same_clip(loaded, prompt, latent):
     before = len(graphs)
     sample(loaded[0], prompt, latent)
     assert len(graphs) == before, "the model that came in is not compiled"
+
+
+def test_two_models_at_two_sizes_stay_compiled(model_of, prompt):
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        first = with_compiled_layers(model_of("distill"), "eager")
+        local = {"local_attention_layers": (1, 2), "positions": "v1", "frame_receptive_field": 2}
+        second = with_compiled_layers(model_of("1080p_sr", **local), "eager")
+        for seconds in (0.4, 1.0):
+            empty = EmptyLatent.execute({"size": "custom", "width": 64, "height": 32}, seconds).args[0]
+            clip = Sampler.execute(first, prompt, empty, SEED, 2, 5.0).args[0]
+            size = {"size": "custom", "width": 128, "height": 64}
+            refined = SuperResolution.execute(second, prompt, clip, SEED, size, 2, 5.0, 220, True, 1.0).args[0]
+            assert all(part.isfinite().all() for part in refined["samples"].unbind())
+
+
+@pytest.fixture
+def sageattention(monkeypatch):
+    """The calls of a stand-in for the package: exact, and on any device; its real self runs on the simulated card."""
+    calls = []
+
+    def sageattn(q, k, v, **options):
+        calls.append((q.shape, k.shape, options))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", None)
+    sage._fault.cache_clear()
+    yield calls
+    sage._fault.cache_clear()
+
+
+@pytest.mark.parametrize("way", ["node", "flag"])
+def test_sageattention_gets_keys_of_fewer_heads(loaded, prompt, latent, told, sageattention, way, monkeypatch):
+    model, exact = loaded[0], sample(loaded[0], prompt, latent)
+    if way == "node":
+        monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", lambda *_, **__: 1 / 0)
+        model = Speed.execute(model, attention="sage").args[0]
+        assert told == ["sage attention"]
+    else:
+        monkeypatch.setattr(args, "use_sage_attention", True)
+    found = sample(model, prompt, latent)
+    assert len(sageattention) == 1 + 8 * 4, "one trial, then every layer of every step"
+    queries, keys, options = sageattention[-1]
+    assert keys == (1, queries[1] // 2, *queries[2:]) and options["tensor_layout"] == "HND"
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_where_sageattention_cannot_run_the_node_says_so_and_the_flag_does_without(loaded, prompt, latent, monkeypatch):
+    def sageattn(q, k, v, **options):
+        raise AssertionError("Input tensors must be on cuda.")
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", core_attention.attention_pytorch)
+    sage._fault.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"'sage', and SageAttention cannot run here \(Input.*cuda\.\)\. Choose 'default'"
+    ):
+        Speed.execute(loaded[0], attention="sage")
+    exact = sample(loaded[0], prompt, latent)
+    monkeypatch.setattr(args, "use_sage_attention", True)
+    for a, b in zip(sample(loaded[0], prompt, latent), exact, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    sage._fault.cache_clear()
 
 
 @pytest.mark.parametrize(("variant", "threshold"), [("base", 0.03), ("distill", 0.5)])

@@ -45,6 +45,7 @@ import runpy  # noqa: E402
 import warnings  # noqa: E402
 from dataclasses import replace  # noqa: E402
 
+import comfy.ldm.modules.attention as core_attention  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -63,8 +64,9 @@ from pack.model_loader.load import load_dit, published_tensors, save_part  # noq
 from pack.model_loader.turbo_vae import TurboVAE  # noqa: E402
 from pack.nodes import core_files, weight_dtypes  # noqa: E402
 from pack.nodes.files import NANO_WEIGHTS  # noqa: E402
+from pack.nodes.forward_options import ATTENTION  # noqa: E402
 from pack.nodes.loaders import LoadModel  # noqa: E402
-from pack.nodes.speed import with_compiled_layers, with_fp8_attention  # noqa: E402
+from pack.nodes.speed import with_attention, with_compiled_layers, with_fp8_attention  # noqa: E402
 from pack.nodes.vae import load_video  # noqa: E402
 from quantised_checks import make_lora  # noqa: E402
 
@@ -162,16 +164,27 @@ def decoded():
     return load_video(files_folder / "turbo.safetensors").decode(latent).float().cpu(), torch.tensor(len(apart))
 
 
+def with_cores_sage(model):
+    """Return the MODEL with ComfyUI's own way to SageAttention, which repeats keys and values."""
+    model, function = model.clone(), core_attention.get_attention_function("sage")
+    options = model.model_options["transformer_options"]
+    options[ATTENTION] = lambda _, *given, **named: function(*given, **named)
+    return model
+
+
 def kernels():
     """Yield (name, latents) with our kernels, and of layers that dynamo splits as for torch.compile."""
     assert dispatch.triton_kernels() is not None
     warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")  # it would go into it
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     yield "decoded", decoded()
     for kind in ("bf16", "int8", "fp8_e4m3fn_fast"):
         yield kind, sample(LoadModel.execute(FILE, kind).args[0])
         yield f"{kind}, compiled", sample(with_compiled_layers(LoadModel.execute(FILE, kind).args[0], backend="eager"))
     model = LoadModel.execute(WIDE_HEADS, "bf16").args[0]
     yield "wide heads", sample(model)
+    yield "sage attention", sample(with_attention(model, "sage"))
+    yield "core's sage attention", sample(with_cores_sage(model))
     yield "fp8 attention", sample(with_fp8_attention(model))
     token_pieces.PIECE = 16  # tokens
     yield "fp8 attention, pieces", sample(with_fp8_attention(model))
