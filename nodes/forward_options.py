@@ -20,10 +20,10 @@ def of_forward(transformer_options):
     if ATTENTION not in transformer_options and FP8_ATTENTION in transformer_options:
         given["fp8_attention"] = transformer_options[FP8_ATTENTION]
     elif ATTENTION in transformer_options or flagged:
-        function = core_attention.optimized_attention if flagged else core_attention.attention_pytorch
-        given["attention"] = functools.partial(_cores_attention, function, transformer_options)
-        if ATTENTION not in transformer_options and args.use_sage_attention:
-            given["attention"] = functools.partial(sage_or, given["attention"])
+        sage = args.use_sage_attention and ATTENTION not in transformer_options
+        function = core_attention.optimized_attention if flagged and not sage else core_attention.attention_pytorch
+        attend = functools.partial(_cores_attention, function, transformer_options)
+        given["attention"] = functools.partial(sage_or, attend) if sage else attend
     if STEP_CACHE in transformer_options:
         key = tuple(transformer_options["uuids"])  # core's names of the conditions in this batch
         given["step_cache"] = functools.partial(transformer_options[STEP_CACHE], key)

@@ -4,6 +4,7 @@ ComfyUI's own way to it repeats keys and values for every head of queries: 2.8 G
 """
 
 import functools
+import logging
 
 import torch
 
@@ -30,7 +31,9 @@ def _fault(device, dtype, head_dim):
     try:
         sage_attention(q, q[:, :1], q[:, :1])
     except Exception as error:  # assertions, missing kernels, unknown cards: each version has its own
-        return str(error) or type(error).__name__
+        fault = str(error) or type(error).__name__
+        logging.warning("SageAttention cannot run on %s, %s, with heads of %d: %s", device, dtype, head_dim, fault)
+        return fault
     return None
 
 

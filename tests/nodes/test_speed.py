@@ -87,7 +87,7 @@ def test_int8_attention_is_the_one_that_core_has_from_comfy_kitchen(loaded, prom
     assert not equal(sample(faster, prompt, latent), sample(loaded[0], prompt, latent))
 
 
-@pytest.mark.parametrize("flag", ["use_sage_attention", "use_flash_attention", "use_ck_attention"])
+@pytest.mark.parametrize("flag", ["use_flash_attention", "use_ck_attention"])
 def test_the_attention_that_comfyui_was_started_with_is_taken(loaded, prompt, latent, flag, monkeypatch):
     exact, calls = sample(loaded[0], prompt, latent), []
 
@@ -187,7 +187,9 @@ def test_sageattention_gets_keys_of_fewer_heads(loaded, prompt, latent, told, sa
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-def test_where_sageattention_cannot_run_the_node_says_so_and_the_flag_does_without(loaded, prompt, latent, monkeypatch):
+def test_where_sageattention_cannot_run_the_node_says_so_and_the_flag_does_without(
+    loaded, prompt, latent, monkeypatch, caplog
+):
     def sageattn(q, k, v, **options):
         raise AssertionError("Input tensors must be on cuda.")
 
@@ -202,6 +204,7 @@ def test_where_sageattention_cannot_run_the_node_says_so_and_the_flag_does_witho
     monkeypatch.setattr(args, "use_sage_attention", True)
     for a, b in zip(sample(loaded[0], prompt, latent), exact, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert caplog.text.count("SageAttention cannot run on cpu") == 1
     sage._fault.cache_clear()
 
 
