@@ -9,6 +9,7 @@ import logging
 import torch
 
 
+@torch.compiler.disable  # some versions ask for the card's name on the way, which cannot be traced
 def sage_attention(q, k, v):
     """Attention in 8 bits: q [B, Hq, N, d], k and v [B, Hkv, M, d] in fp16 or bf16 on a card. Returns [B, Hq, N, d].
 

@@ -185,6 +185,12 @@ def test_sageattention_gets_keys_of_fewer_heads(loaded, prompt, latent, told, sa
     assert keys == (1, queries[1] // 2, *queries[2:]) and options["tensor_layout"] == "HND"
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    torch._dynamo.reset()
+    graphs = []
+    compiled = with_compiled_layers(model, lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for count in (6, 6):
+        assert equal(sample(compiled, prompt, latent), found)
+        assert len(graphs) == count, "three kinds of layers, cut in two by what is not traced; compiled once"
 
 
 def test_where_sageattention_cannot_run_the_node_says_so_and_the_flag_does_without(

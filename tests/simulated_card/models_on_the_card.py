@@ -185,6 +185,7 @@ def kernels():
     yield "wide heads", sample(model)
     yield "sage attention", sample(with_attention(model, "sage"))
     yield "core's sage attention", sample(with_cores_sage(model))
+    yield "sage attention, compiled", sample(with_compiled_layers(with_attention(model, "sage"), backend="eager"))
     yield "fp8 attention", sample(with_fp8_attention(model))
     token_pieces.PIECE = 16  # tokens
     yield "fp8 attention, pieces", sample(with_fp8_attention(model))

@@ -65,6 +65,7 @@ def test_our_kernels_run_in_comfyui_and_say_the_same(run_script, sampled, tmp_pa
         assert 0.002 < off(found[way], found["wide heads"]) < 0.02, way
     # The package's own kernels, interpreted: they count what pads the last keys, so short clips are far from exact.
     assert torch.equal(found["sage attention"], found["core's sage attention"]), "keys repeated or not"
+    assert off(found["sage attention, compiled"], found["sage attention"]) < 0.005
     assert 0.001 < off(found["sage attention"], found["wide heads"]) < 0.1
     (frames, apart), (expected, never) = found["decoded"], wanted["decoded"]
     assert frames.shape == expected.shape and 0 < off(frames, expected) < 0.02
