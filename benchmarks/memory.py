@@ -104,15 +104,33 @@ def storages(values):
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
+def as_flash(q, k, v):
+    """Attention's only tensor where no N x N scores are kept."""
+    return torch.empty_like(q)
+
+
+def as_sage(q, k, v):
+    """The tensors of SageAttention 2 on RTX 40: queries and keys in int8, values the other way round and in fp8."""
+    quantised = [torch.empty_like(x, dtype=torch.int8) for x in (q, k)]
+    out, turned = torch.empty_like(q), torch.empty_like(v.transpose(2, 3))
+    quantised.append(torch.empty_like(turned, dtype=torch.float8_e4m3fn))
+    return out
+
+
+def as_cores_sage(q, k, v):
+    """The same behind ComfyUI's own way to it, which repeats keys and values for every head of queries."""
+    return as_sage(q, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)))
+
+
 @torch.no_grad()
-def forward_bytes(config, size, seconds):
+def forward_bytes(config, size, seconds, attention=as_flash):
     """Count the peak of a full-size forward of a DiT in bf16 at a size in pixels, with the longest prompt."""
     network = build("dit", config, dtype=torch.bfloat16)
     audio = audio_length(seconds)
     video = torch.empty(1, 48, video_length(audio), latent_side(size[1]), latent_side(size[0]), device="meta")
     sound, text = torch.empty(1, audio, 64, device="meta"), torch.empty(1, TEXT_TOKENS, 3584, device="meta")
     with LiveBytes() as live:
-        network(video, sound, text, attention=lambda q, k, v: torch.empty_like(q))  # as flash attention: no N x N
+        network(video, sound, text, attention=attention)
     return live.peak
 
 
@@ -146,6 +164,8 @@ def checks():
         size = pixel_size(resolution, "16:9")
         predicted = activation_bytes(config, tokens_of(size, 5))
         yield f"forward, {resolution}, 5 s", predicted, forward_bytes(config, size, 5)
+    for name, attention in (("SageAttention", as_sage), ("the same, ComfyUI's own way", as_cores_sage)):
+        yield f"forward, 1080p, 5 s, {name}", predicted, forward_bytes(SR_1080P, size, 5, attention)
     for network, config in (("turbo_vae", TURBO_7_7), ("wan_vae", WAN22_VAE)):
         for resolution in ("256p", "540p", "1080p"):
             size = pixel_size(resolution, "16:9")

@@ -5,7 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pack.benchmarks.memory import LiveBytes, encoding_bytes, forward_bytes, main, step_bytes, tokens_of
+from pack.benchmarks.memory import (
+    LiveBytes,
+    as_cores_sage,
+    as_sage,
+    encoding_bytes,
+    forward_bytes,
+    main,
+    step_bytes,
+    tokens_of,
+)
 from pack.model_loader.config import DISTILL, SR_540P, SR_1080P, T5GEMMA_9B, TURBO_7_7, WAN22_VAE
 from pack.sampler.memory import (
     Stage,
@@ -59,6 +68,14 @@ def test_a_forward_takes_what_is_predicted(config, size, seconds):
     few = replace(config, num_layers=10, expert_layers=(0, 1, 2, 3, 9), local_attention_layers=local)
     counted = forward_bytes(few, size, seconds)
     assert 0.95 * counted < activation_bytes(config, tokens_of(size, seconds)) < 1.1 * counted
+
+
+def test_sageattention_takes_little_more_as_keys_are_not_repeated():
+    few = replace(SR_1080P, num_layers=4, expert_layers=(0,), local_attention_layers=())
+    predicted = activation_bytes(few, tokens_of((1920, 1088), 5))
+    counted = forward_bytes(few, (1920, 1088), 5, as_sage)
+    assert predicted < counted < 1.15 * predicted
+    assert forward_bytes(few, (1920, 1088), 5, as_cores_sage) > 1.8 * predicted
 
 
 @pytest.mark.parametrize(("network", "config"), [("turbo_vae", TURBO_7_7), ("wan_vae", WAN22_VAE)])
