@@ -7,6 +7,7 @@ import re
 import av
 import numpy as np
 import pytest
+from pack.launch import demo
 from pack.launch.client import Interrupted, NodeError, PromptError
 from pack.launch.demo import clip_path
 from PIL import Image
@@ -113,6 +114,16 @@ def test_a_program_hears_what_nodes_tell_and_the_log_keeps_it(client, server, gr
     (remark,) = [text.splitlines()[1] for node, text in told if node == "HappyHorseEncodePrompt"]
     assert "has not learnt: dog." in remark
     assert f"HappyHorse Prompt: {remark}" in server.log(100)
+
+
+def test_the_demo_makes_a_clip_and_notes_what_to_mind(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COMFYUI_PATH", str(server.comfyui))
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    demo.make_clip(demo.parser().parse_args(["A red dog bounces on a blue floor", "--seconds", "0.4"]))
+    said = capsys.readouterr().out.splitlines()
+    (note,), (clip,) = [line for line in said if line.startswith("Note: ")], tmp_path.rglob("*.mp4")
+    assert "has not learnt: dog." in note and str(clip) in said
+    assert any("9 frames" in line for line in said) and any("44100 Hz" in line for line in said)
 
 
 def test_a_fault_that_shows_while_it_runs_is_explained(client, graph):
