@@ -32,7 +32,7 @@ def _fault(device, dtype, head_dim):
     try:
         sage_attention(q, q[:, :1], q[:, :1])
     except Exception as error:  # assertions, missing kernels, unknown cards: each version has its own
-        fault = str(error) or type(error).__name__
+        fault = str(error).rstrip(".") or type(error).__name__
         logging.warning("SageAttention cannot run on %s, %s, with heads of %d: %s", device, dtype, head_dim, fault)
         return fault
     return None

@@ -203,7 +203,7 @@ def test_where_sageattention_cannot_run_the_node_says_so_and_the_flag_does_witho
     monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", core_attention.attention_pytorch)
     sage._fault.cache_clear()
     with pytest.raises(
-        ValueError, match=r"'sage', and SageAttention cannot run here \(Input.*cuda\.\)\. Choose 'default'"
+        ValueError, match=r"'sage', and SageAttention cannot run here \(Input.*cuda\)\. Choose 'default'"
     ):
         Speed.execute(loaded[0], attention="sage")
     exact = sample(loaded[0], prompt, latent)
