@@ -164,6 +164,8 @@ def checks():
         size = pixel_size(resolution, "16:9")
         predicted = activation_bytes(config, tokens_of(size, 5))
         yield f"forward, {resolution}, 5 s", predicted, forward_bytes(config, size, 5)
+    size = pixel_size("1080p", "16:9")
+    predicted = activation_bytes(SR_1080P, tokens_of(size, 5))
     for name, attention in (("SageAttention", as_sage), ("the same, ComfyUI's own way", as_cores_sage)):
         yield f"forward, 1080p, 5 s, {name}", predicted, forward_bytes(SR_1080P, size, 5, attention)
     for network, config in (("turbo_vae", TURBO_7_7), ("wan_vae", WAN22_VAE)):

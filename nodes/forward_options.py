@@ -19,11 +19,12 @@ def of_forward(transformer_options):
     flagged = any(getattr(args, flag, False) for flag in FLAGS)
     if ATTENTION not in transformer_options and FP8_ATTENTION in transformer_options:
         given["fp8_attention"] = transformer_options[FP8_ATTENTION]
+    elif ATTENTION not in transformer_options and args.use_sage_attention:
+        exact = functools.partial(_cores_attention, core_attention.attention_pytorch, transformer_options)
+        given["attention"] = functools.partial(sage_or, exact)
     elif ATTENTION in transformer_options or flagged:
-        sage = args.use_sage_attention and ATTENTION not in transformer_options
-        function = core_attention.optimized_attention if flagged and not sage else core_attention.attention_pytorch
-        attend = functools.partial(_cores_attention, function, transformer_options)
-        given["attention"] = functools.partial(sage_or, attend) if sage else attend
+        function = core_attention.optimized_attention if flagged else core_attention.attention_pytorch
+        given["attention"] = functools.partial(_cores_attention, function, transformer_options)
     if STEP_CACHE in transformer_options:
         key = tuple(transformer_options["uuids"])  # core's names of the conditions in this batch
         given["step_cache"] = functools.partial(transformer_options[STEP_CACHE], key)

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import websocket
-from pack.launch.client import Client
+from pack.launch.client import TEXT, Client
 from pack.launch.server import Server
 
 ROOT = Path(__file__).parents[2]
-PREVIEW_IMAGE, TEXT = 1, 3  # what ComfyUI's binary messages carry, by their first four bytes
+PREVIEW_IMAGE = 1  # what one of ComfyUI's binary messages carries, by its first four bytes, as TEXT
 
 
 @pytest.fixture(scope="session")

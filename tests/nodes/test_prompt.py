@@ -1,9 +1,11 @@
 """Prompts: ours and stock CLIP Text Encode agree, true lengths, literal text, the limit; the builder node."""
 
 import logging
+import re
 
 import pytest
 import torch
+from pack.nano import world
 from pack.nodes import files
 from pack.nodes.clip import MAX_TEXT_TOKENS, reads_long_prompts
 from pack.nodes.loaders import LoadTextEncoder
@@ -80,6 +82,12 @@ def test_words_that_nano_has_not_learnt_are_told(loaded, notices, text, unknown)
     remarks = notices[0].splitlines()[1:]
     assert len(remarks) == (unknown is not None)
     assert unknown is None or f" has not learnt: {unknown} It knows" in remarks[0]
+
+
+def test_what_nano_knows_is_told_in_full(loaded, notices):
+    encode(loaded, "A dog")
+    told = set(re.findall(r"\w+", notices[0].split("It knows")[1]))
+    assert {*world.KINDS, *world.SYLLABLES, *world.COLOURS} <= told
 
 
 def test_what_the_builder_writes_by_itself_is_not_told(loaded, notices):
