@@ -185,6 +185,10 @@ def test_sageattention_gets_keys_of_fewer_heads(loaded, prompt, latent, told, sa
     assert keys == (1, queries[1] // 2, *queries[2:]) and options["tensor_layout"] == "HND"
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    asked = len(sageattention)
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "flash", core_attention.attention_pytorch)
+    sample(Speed.execute(model, attention="flash").args[0], prompt, latent)
+    assert len(sageattention) == asked, "the last choice counts, and more than the flag"
     torch._dynamo.reset()
     graphs = []
     compiled = with_compiled_layers(model, lambda graph, inputs: graphs.append(graph) or graph.forward)
