@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels.fp8 import fp8_scores
+from ..kernels.fp8 import HALF_LIMITS, fp8_scores
 from ..model_loader.attention import frame_windows, joint_attention, local_attention
 from ..model_loader.config import SR_1080P
 from ..model_loader.tokens import TokenLayout
@@ -61,6 +61,27 @@ def in_fp8(q, k, layout, radius=None):
     return lambda q, k, v: joint_attention(*narrow, v, layout, radius)
 
 
+def with_half_scores(q, k, layout, block_keys, radius=None):
+    """Return Hopper's attention in fp8 with scores in fp16, which the network does not use."""
+    from ..kernels import attention_hopper
+
+    narrow = fp8_scores(q, k, k.abs().amax().float(), HALF_LIMITS)
+    window = () if radius is None else (layout.frame, layout.frames, radius)
+    return lambda q, k, v: attention_hopper.attention(*narrow, v, *window, half_scores=True, block_keys=block_keys)
+
+
+def ours(q, k, layout, device, radius=None):
+    """Return the ways that are ours: {name: function that makes one}."""
+    ways = {"ours": lambda: partial(joint_attention, layout=layout, radius=radius)}
+    if device.type == "cuda":
+        ways["ours, fp8"] = lambda: in_fp8(q, k, layout, radius)
+        if torch.cuda.get_device_capability(device)[0] == 9:
+            for block_keys in (128, 256):
+                name = f"ours, fp8, scores in fp16 for {block_keys} keys at a time"
+                ways[name] = lambda block_keys=block_keys: with_half_scores(q, k, layout, block_keys, radius)
+    return ways
+
+
 def table(device, rates, sizes):
     """Yield the lines: sizes {name: (TokenLayout, whether the local layers' attention is measured)}."""
     yield from head("attention", "size", "ms", "TFLOP/s", "floor ms", "floor/time", "relative RMS from ours in bf16")
@@ -70,15 +91,13 @@ def table(device, rates, sizes):
             for count in (HEADS, KEY_HEADS, KEY_HEADS)
         )
         gpu = device.type == "cuda"
-        ways = {"ours": lambda at=layout: partial(joint_attention, layout=at)}
+        ways = ours(q, k, layout, device)
         if gpu:
-            ways |= {"ours, fp8": lambda at=layout, qk=(q, k): in_fp8(*qk, at)}
             ways |= {"flash": lambda: by(SDPBackend.FLASH_ATTENTION), "cuDNN": lambda: by(SDPBackend.CUDNN_ATTENTION)}
         yield from compared(f"full, {size}", ways, (q, k, v), device, rates, operations(layout))
         if local:
-            ways = {"ours": lambda at=layout: partial(joint_attention, layout=at, radius=RADIUS)}
+            ways = ours(q, k, layout, device, RADIUS)
             if gpu:
-                ways |= {"ours, fp8": lambda at=layout, qk=(q, k): in_fp8(*qk, at, RADIUS)}
                 ways["torch, frame by frame"] = lambda at=layout: partial(local_attention, layout=at, radius=RADIUS)
                 ways["FlexAttention"] = lambda at=layout: flex(at, RADIUS, device)
             yield from compared(f"local, {size}", ways, (q, k, v), device, rates, operations(layout, radius=RADIUS))

@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from .attention_pairs_hopper import cut_off_pairs, in_pairs, largest_of_pairs, one_by_one, weights_of_halves
 from .attention_tiles_hopper import (
     block_of_keys,
     by_rows,
@@ -60,21 +61,31 @@ def weights_of(scores, slope, offset):
 
 
 @gluon.jit
-def soften(scores, factor, largest, OPERAND: gl.constexpr):
+def soften(scores, key, first, end, factor, largest, OPERAND: gl.constexpr):
     """Return a block's weights as a product takes them, the largest scores so far, and by what sums before shrink.
 
-    For a product a thread must hold four neighbouring keys, and holds twice two: the keys change places, as the values
-    have (`attention_fp8_triton.values_kernel`), and no number has to move.
+    Scores come in fp32, or in fp16 and pairs. For a product a thread must hold four neighbouring keys, and holds twice
+    two: the keys change places, as the values have (`attention_fp8_triton.values_kernel`), and no number has to move.
     """
+    PAIRS: gl.constexpr = scores.dtype == gl.int32
+    if PAIRS:
+        scores = cut_off_pairs(scores, key, first, end)
+        of_block = gl.convert_layout(largest_of_pairs(scores), largest.type.layout)
+        scores = one_by_one(scores)
+    else:
+        scores = cut_off(scores, key, first, end)
+        of_block = largest_of_rows(scores)
+    new_largest = gl.maximum(largest, of_block * factor)
+    shrink = gl.exp2(largest - new_largest)
     rows: gl.constexpr = scores.shape[0]
     keys: gl.constexpr = scores.shape[1]
-    new_largest = gl.maximum(largest, largest_of_rows(scores) * factor)
-    shrink = gl.exp2(largest - new_largest)
     scores = scores.reshape([rows, keys // 32, 2, 2, 4, 2]).permute((0, 1, 2, 4, 3, 5)).reshape([rows, keys])
     scores = gl.convert_layout(scores, OPERAND, assert_trivial=True)
-    weights = weights_of(
-        scores, by_rows(factor * AN_OCTAVE, scores), by_rows(LARGEST_WEIGHT - new_largest * AN_OCTAVE, scores)
-    )
+    if PAIRS:
+        weights = weights_of_halves(scores, factor, new_largest)
+    else:
+        slope, offset = factor * AN_OCTAVE, LARGEST_WEIGHT - new_largest * AN_OCTAVE
+        weights = weights_of(scores, by_rows(slope, scores), by_rows(offset, scores))
     return weights, new_largest, shrink
 
 
@@ -90,7 +101,7 @@ def weighted(weights, value_tile, ones, nothing, no_sums):
 
 @gluon.jit
 def serve_queries(
-    part, q, query_scale, value_scale, out, query_tiles, key_tiles, value_tiles, ones,
+    part, HALF_SCORES: gl.constexpr, q, query_scale, value_scale, out, query_tiles, key_tiles, value_tiles, ones,
     keys_full, values_full, keys_empty, values_empty,
     q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale,
     STAGES: gl.constexpr,
@@ -112,6 +123,8 @@ def serve_queries(
     factor = gl.load(query_scale + at, mask=at < end_query, other=1.0) * scale
     largest = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
     no_scores = gl.zeros([ROWS, BLOCK_KEYS], gl.float32, layout=SCORES)
+    if HALF_SCORES:
+        no_scores = gl.zeros([ROWS, BLOCK_KEYS], gl.float16, layout=SCORES)
     nothing = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=OUT)
     no_sums = gl.zeros([ROWS, COLUMNS], gl.float32, layout=SUMS)
     result = nothing
@@ -120,12 +133,14 @@ def serve_queries(
     mbarrier.wait(keys_full.index(0), 0)
     scores = warpgroup_mma(query_tile, key_tiles.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores, key_tiles))[0]
+    if HALF_SCORES:
+        scores = in_pairs(scores)
     done_with(keys_empty.index(0))
     for number in range(blocks - 1):
         stage = number % STAGES
         after = (number + 1) % STAGES
         key, first, end = block_of_keys(number, near, near_end, far, tokens, BLOCK_KEYS)
-        weights, largest, shrink = soften(cut_off(scores, key, first, end), factor, largest, OPERAND)
+        weights, largest, shrink = soften(scores, key, first, end, factor, largest, OPERAND)
         mbarrier.wait(values_full.index(stage), (number // STAGES) & 1)
         mbarrier.wait(keys_full.index(after), ((number + 1) // STAGES) & 1)
         product, sums = weighted(weights, value_tiles.index(stage), ones, nothing, no_sums)
@@ -137,10 +152,12 @@ def serve_queries(
         result = gl.fma(result, by_rows(shrink, result), product)
         total = gl.fma(total, by_rows(shrink, total), sums)
         scores = warpgroup_mma_wait(0, deps=(ahead, key_tiles))[0]
+        if HALF_SCORES:
+            scores = in_pairs(scores)
         done_with(keys_empty.index(after))
     stage = (blocks - 1) % STAGES
     key, first, end = block_of_keys(blocks - 1, near, near_end, far, tokens, BLOCK_KEYS)
-    weights, largest, shrink = soften(cut_off(scores, key, first, end), factor, largest, OPERAND)
+    weights, largest, shrink = soften(scores, key, first, end, factor, largest, OPERAND)
     mbarrier.wait(values_full.index(stage), ((blocks - 1) // STAGES) & 1)
     product, sums = weighted(weights, value_tiles.index(stage), ones, nothing, no_sums)
     product, sums = warpgroup_mma_wait(0, deps=(product, sums, value_tiles))[:2]

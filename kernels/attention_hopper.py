@@ -28,8 +28,8 @@ def attention_kernel(
     q, query_scale, keys, values, value_scale, out,
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     query_heads, group, tokens, frame, frames, radius, scale,
-    FP8_PRODUCTS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_QUERIES: gl.constexpr, BLOCK_KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
+    FP8_PRODUCTS: gl.constexpr, HALF_SCORES: gl.constexpr, HEAD_DIM: gl.constexpr,
+    BLOCK_QUERIES: gl.constexpr, BLOCK_KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """`attention_fp8_triton.attention_kernel`, or the same in bf16: values not transposed, scales not read."""
     first_query, end_query, near, near_end, far = range_of_block(tokens, frame, frames, radius, BLOCK_QUERIES)
@@ -79,7 +79,13 @@ def attention_kernel(
             q_token, out_token, first_query, end_query, blocks, near, near_end, far, tokens, scale, STAGES,
         )  # fmt: skip
         gl.warp_specialize(
-            [(serve_fp8, (0,) + arguments), (serve_fp8, (1,) + arguments), (load_blocks, loader)], [4, 1], [240, 24]
+            [
+                (serve_fp8, (0, HALF_SCORES) + arguments),
+                (serve_fp8, (1, HALF_SCORES) + arguments),
+                (load_blocks, loader),
+            ],
+            [4, 1],
+            [240, 24],
         )
     else:
         arguments = (
@@ -91,10 +97,11 @@ def attention_kernel(
         )
 
 
-def attention(q, k, v, frame=0, frames=0, radius=0, out=None):
+def attention(q, k, v, frame=0, frames=0, radius=0, out=None, half_scores=False, block_keys=BLOCK_KEYS):
     """`reference.attention` with heads of 128: q, k, v in bf16, or q and k as `fp8.fp8_scores` gives them.
 
-    `out` takes the result if given.
+    `out` takes the result if given. half_scores: scores in fp16, which wants q and k in fp8 within `fp8.HALF_LIMITS`;
+    block_keys: 128, or with half_scores 256. Neither has run on a card yet, and no network asks for it.
     """
     (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
     if out is None:
@@ -103,11 +110,11 @@ def attention(q, k, v, frame=0, frames=0, radius=0, out=None):
     if fp8:
         assert q.scale.is_contiguous()
         (q, query_scale), (v, value_scale) = q, quantised_values(v)
-        value_rows, value_block, dtype = v.view(-1, v.shape[-1]), [head_dim, BLOCK_KEYS], gl.float8e4nv
+        value_rows, value_block, dtype = v.view(-1, v.shape[-1]), [head_dim, block_keys], gl.float8e4nv
     else:
         query_scale = value_scale = q
-        value_rows, value_block, dtype = v.reshape(-1, head_dim), [BLOCK_KEYS, head_dim], gl.bfloat16
-    key_block = [BLOCK_KEYS, head_dim]
+        value_rows, value_block, dtype = v.reshape(-1, head_dim), [block_keys, head_dim], gl.bfloat16
+    key_block = [block_keys, head_dim]
     key_layout, value_layout = (
         gl.NVMMASharedLayout.get_default_for(block, dtype) for block in (key_block, value_block)
     )
@@ -117,7 +124,7 @@ def attention(q, k, v, frame=0, frames=0, radius=0, out=None):
         attention_kernel[(blocks_of_queries(tokens, frame, frames, BLOCK_QUERIES), batch * heads)](
             q, query_scale, keys, values, value_scale, out, *q.stride()[:3], *out.stride()[:3],
             heads, heads // key_heads, tokens, frame, frames, radius, head_dim**-0.5 * LOG2_E,
-            FP8_PRODUCTS=fp8, HEAD_DIM=head_dim, BLOCK_QUERIES=BLOCK_QUERIES, BLOCK_KEYS=BLOCK_KEYS, STAGES=STAGES,
-            num_warps=4,
+            FP8_PRODUCTS=fp8, HALF_SCORES=half_scores, HEAD_DIM=head_dim,
+            BLOCK_QUERIES=BLOCK_QUERIES, BLOCK_KEYS=block_keys, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
     return out

@@ -4,7 +4,7 @@ import pytest
 import torch
 from backends import BF16, DEVICE, DTYPES, FP16, FP32, INTERPRETED, LAYOUTS, NO_FP8, check, draw, unwritten
 from pack.kernels import attention_fp8_triton, attention_inputs_triton, gate_heads_triton, reference
-from pack.kernels.fp8 import FP8, fp8_scores
+from pack.kernels.fp8 import FP8, FP8_MAX, HALF_LIMITS, fp8_scores
 
 HOPPER = not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
 if HOPPER:
@@ -38,12 +38,12 @@ def draw_heads(batch, heads, tokens):
     return [tensor.to(DEVICE, BF16) for tensor in (q, k, v)]
 
 
-def narrow(q, k):
-    return fp8_scores(q, k, k.abs().amax().float())
+def narrow(q, k, limits=(FP8_MAX, FP8_MAX)):
+    return fp8_scores(q, k, k.abs().amax().float(), limits)
 
 
-def check_attention(found, q, k, v, window, fp8):
-    q, k = narrow(q, k) if fp8 else (q.float(), k.float())
+def check_attention(found, q, k, v, window, fp8, limits=(FP8_MAX, FP8_MAX)):
+    q, k = narrow(q, k, limits) if fp8 else (q.float(), k.float())
     wanted = reference.attention(q, k, v.float(), *window)
     assert found.dtype == BF16 and found.shape == q.shape
     assert (found.float() - wanted).norm() < NEAR[fp8] * wanted.norm()
@@ -92,13 +92,42 @@ def test_attention_on_hopper(batch, heads, tokens, window, fp8):
     check_attention(out, q, k, v, window, fp8)
 
 
+HALF_SCORES = pytest.mark.parametrize("block_keys", [128, 256])
+
+
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper card")
-@pytest.mark.parametrize("fp8", [False, True])
+@HALF_SCORES
+@SIZES
+def test_attention_on_hopper_with_scores_in_fp16(batch, heads, tokens, window, block_keys):
+    q, k, v = draw_heads(batch, heads, tokens)
+    out = torch.full_like(q, float("nan"))
+    options = {"out": out, "half_scores": True, "block_keys": block_keys}
+    assert attention_hopper.attention(*narrow(q, k, HALF_LIMITS), v, *window, **options) is out
+    check_attention(out, q, k, v, window, True, HALF_LIMITS)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper card")
+@HALF_SCORES
+def test_attention_on_hopper_with_the_largest_scores_that_fp16_has(block_keys):
+    """7 * 56 * 128, where a query is eight times its key; every other key's score is as far below 0."""
+    keys = torch.ones(1, 1, 600, 128, device=DEVICE, dtype=BF16)
+    keys[:, :, ::2] *= -1
+    wanted = (1.0 + torch.arange(600, device=DEVICE) % 2)[:, None].expand(1, 1, 600, 128)
+    found = attention_hopper.attention(
+        *narrow(8 * keys, keys, HALF_LIMITS), wanted.to(BF16), half_scores=True, block_keys=block_keys
+    )
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper card")
+@pytest.mark.parametrize("fp8", [False, True, 128, 256], ids=["bf16", "fp8", "fp16 scores", "fp16 scores, 256 keys"])
 def test_attention_on_hopper_adds_up_many_values_that_are_not_centred(fp8):
     """Hopper adds fp8 products up with 14 bits: in sums over 65,706 keys 42 % of them were lost."""
     random = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 65_706, 128, generator=random).to(DEVICE, BF16)
-    found = attention_hopper.attention(*(narrow(1.5 * q, k) if fp8 else (1.5 * q, k)), v + 3)[:, :, ::97].float()
+    half = {"half_scores": True, "block_keys": fp8} if fp8 in (128, 256) else {}
+    q_and_k = narrow(1.5 * q, k, *[HALF_LIMITS] * bool(half)) if fp8 else (1.5 * q, k)
+    found = attention_hopper.attention(*q_and_k, v + 3, **half)[:, :, ::97].float()
     wanted = torch.nn.functional.scaled_dot_product_attention(1.5 * q[:, :, ::97], k, v + 3).float()
     assert (found - wanted).norm() < (1e-2 if fp8 else 2e-3) * wanted.norm()
 

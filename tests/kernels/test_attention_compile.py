@@ -50,38 +50,52 @@ def test_fp8_attention_compiles(card):
         assert len(result.asm["cubin"]) > 1000
 
 
-@pytest.mark.parametrize("fp8", [True, False])
-def test_attention_on_hopper_keeps_its_products_asynchronous_and_its_numbers_in_registers(fp8, tmp_path):
-    """Both break without an error, and at a third of the speed, where a value is asked for while products run."""
+def compiled_for_hopper(folder, fp8, half_scores=False, block_keys=128):
+    """Compile attention_hopper's kernel: its PTX, what the assembler says, and the tool that reads its machine code."""
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
     from pack.kernels import attention_hopper as kernels
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     name, dtype = (FP8, gl.float8e4nv) if fp8 else (BF16, gl.bfloat16)
-    layout = gl.NVMMASharedLayout.get_default_for([128, 128], dtype)
     types = {"q": f"*{name}", "query_scale": FP32, "value_scale": FP32, "out": "*bf16", "scale": "fp32"}
-    types |= {tensor: f"tensordesc<{name}[128,128],{layout!r}>" for tensor in ("keys", "values")}
-    constants = {"FP8_PRODUCTS": fp8, "HEAD_DIM": 128, "STAGES": kernels.STAGES}
-    constants |= {"BLOCK_QUERIES": kernels.BLOCK_QUERIES, "BLOCK_KEYS": kernels.BLOCK_KEYS}
+    for tensor, block in {"keys": [block_keys, 128], "values": [128, block_keys]}.items():
+        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        types[tensor] = f"tensordesc<{name}[{block[0]},{block[1]}],{layout!r}>"
+    constants = {"FP8_PRODUCTS": fp8, "HALF_SCORES": half_scores, "HEAD_DIM": 128, "STAGES": kernels.STAGES}
+    constants |= {"BLOCK_QUERIES": kernels.BLOCK_QUERIES, "BLOCK_KEYS": block_keys}
     result = compiled(source_of(kernels.attention_kernel, types, constants, GluonASTSource), 90, num_warps=4)
-    ptx = tmp_path / "attention.ptx"
+    ptx = folder / "attention.ptx"
     ptx.write_text(result.asm["ptx"])
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", tmp_path / "attention.cubin"]
+    command = [ptxas, "-v", "-arch=sm_90a", ptx, "-o", folder / "attention.cubin"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return result.asm["ptx"], said, ptxas.with_name("nvdisasm")
+
+
+def test_attention_on_hopper_for_256_keys_puts_few_numbers_aside(tmp_path):
+    _, said, _ = compiled_for_hopper(tmp_path, True, half_scores=True, block_keys=256)
+    assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 192 and "serialized" not in said, said
+
+
+@pytest.mark.parametrize(("fp8", "half_scores"), [(True, False), (True, True), (False, False)])
+def test_attention_on_hopper_keeps_its_products_asynchronous_and_its_numbers_in_registers(fp8, half_scores, tmp_path):
+    """Both break without an error, and at a third of the speed, where a value is asked for while products run."""
+    ptx, said, nvdisasm = compiled_for_hopper(tmp_path, fp8, half_scores)
     spilled = int(re.search(r"(\d+) bytes spill stores", said)[1])
-    assert spilled <= 8, said  # fp8 puts one number aside where a block of keys reaches past the last one
+    # With scores in fp32 fp8 puts one number aside where a block of keys reaches past the last one.
+    assert spilled <= (0 if half_scores else 8), said
     assert "serialized" not in said, said
-    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)", result.asm["ptx"])
+    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)", ptx)
     assert products.count("128") == 2 * 4 * (4 if fp8 else 8)
     assert products.count("8") == (2 * 2 * 4 if fp8 else 0)  # with ones: the sums of the weights
-    fresh = re.findall(r"wgmma\.mma_async.*%rd\d+, 0, 1, 1(?:, [01])?;", result.asm["ptx"])  # that start at 0
+    assert len(re.findall(r"m64n128k32\.f16\.e4m3", ptx)) == (2 * 2 * 4 if half_scores else 0)
+    fresh = re.findall(r"wgmma\.mma_async.*%rd\d+, 0, 1, 1(?:, [01])?;", ptx)  # that start at 0
     assert len(fresh) == 2 * (6 if fp8 else 2)  # of both warpgroups; fp8's values and ones start anew for every block
-    from_shared = re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, %rd\d+, %rd\d+,", result.asm["ptx"])
+    from_shared = re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, %rd\d+, %rd\d+,", ptx)
     assert len(from_shared) == (2 * 2 * 4 if fp8 else 0)  # bf16's queries stay in registers: 4 % of an H200's time
-    assert ("943208504" in result.asm["ptx"]) == fp8  # four ones as bytes, which the assembler cannot convert wrongly
-    command = [ptxas.with_name("nvdisasm"), "-c", tmp_path / "attention.cubin"]
+    assert ("943208504" in ptx) == fp8  # four ones as bytes, which the assembler cannot convert wrongly
+    command = [nvdisasm, "-c", tmp_path / "attention.cubin"]
     loops = loops_with_products(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert len(loops) == 2
     for names in loops:  # of each warpgroup
@@ -89,6 +103,7 @@ def test_attention_on_hopper_keeps_its_products_asynchronous_and_its_numbers_in_
         exponentials = [i for i, name in enumerate(names) if name == "MUFU.EX2"]
         assert not {"STL", "LDL"} & set(names)
         assert len(exponentials) == (2 if fp8 else 2 + 64)  # two by which sums shrink, 64 weights
+        assert len(names) < {(True, True): 320, (True, False): 420, (False, False): 600}[fp8, half_scores]
         assert max(exponentials) < last_wait  # values are multiplied while bf16 takes its exponentials
 
 
