@@ -37,7 +37,7 @@ TOO_LARGE_FOR_FP16 = " Or a number was beyond fp16's 65504: weight_dtype fp32 or
 
 
 class LatentFormat(comfy.latent_formats.Wan22):
-    """Wan2.2's preview colours; values pass unchanged, because our VAEs normalise and latents are packed."""
+    """Wan2.2's: its colours for previews, and what a small decoder for them, lighttaew2_2, wants latents to be."""
 
     shapes = ()  # of the streams in the packed latent that is being sampled
 
@@ -54,14 +54,7 @@ class LatentFormat(comfy.latent_formats.Wan22):
     def use_colours(self, rows):
         """Preview with `rows` [channels + 1][3], the last one the bias: for a model whose VAE is not Wan2.2's."""
         self.latent_rgb_factors, self.latent_rgb_factors_bias = rows[:-1], rows[-1]
-
-    def process_in(self, latent):
-        """Return the latent as it is."""
-        return latent
-
-    def process_out(self, latent):
-        """Return the latent as it is."""
-        return latent
+        self.taesd_decoder_name = None
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
@@ -110,6 +103,14 @@ class HappyHorse(comfy.model_base.BaseModel):
     def get_dtype_inference(self):
         """Return the dtype of latents and text: the residual stream is fp32, the network casts for its linears."""
         return torch.float32
+
+    def process_latent_in(self, latent):
+        """Return the latent as it is: our VAEs normalise."""
+        return latent
+
+    def process_latent_out(self, latent):
+        """Return the latent as it is."""
+        return latent
 
     def memory_required(self, input_shape, cond_shapes=None, **options):
         """Return the bytes beyond weights that sampling takes for packed latents of `input_shape` [B,1,N].

@@ -1,7 +1,5 @@
 """Sampling through core's guiders with random weights: our sampler, core's, first image, guidance, interrupt."""
 
-import json
-
 import comfy.model_management
 import comfy.model_sampling
 import comfy.nested_tensor
@@ -11,18 +9,14 @@ import comfy.utils
 import latent_preview
 import pytest
 import torch
-from comfy.cli_args import LatentPreviewMethod, args
 from comfy_extras import nodes_custom_sampler as custom
-from pack.nodes import files
 from pack.nodes.conditioning import EmptyLatent, FirstImage
-from pack.nodes.host import FIRST_IMAGE, PREVIEW, load_model
+from pack.nodes.host import FIRST_IMAGE
 from pack.nodes.prompt import EncodePrompt
 from pack.nodes.sampling import Sampler, SamplerSelect, Sigmas, sample_renoise
 from pack.nodes.super_resolution import SuperResolution
 from pack.sampler.denoise import denoise_renoise
 from pack.sampler.schedule import flow_sigmas
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import nodes as stock
 
@@ -212,46 +206,6 @@ def test_interrupt_stops_between_steps_and_the_next_run_works(loaded, prompt, la
     assert steps == [0, 1, 2]
     monkeypatch.undo()
     assert sample(loaded, prompt, latent)[0].isfinite().all()
-
-
-def test_preview_shows_the_middle_frame(loaded, latent, monkeypatch):
-    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
-    previewer = latent_preview.get_previewer(torch.device("cpu"), loaded[0].model.latent_format)
-    video = torch.zeros(1, 48, 3, 2, 4)
-    dark = previewer.decode_latent_to_preview(video).getpixel((0, 0))
-    video[:, :, 1] = 5
-    assert previewer.decode_latent_to_preview(video).size == (4, 2)
-    assert previewer.decode_latent_to_preview(video).getpixel((0, 0)) != dark
-
-
-def test_every_step_has_a_preview_also_where_core_shows_packed_streams(loaded, prompt, latent, monkeypatch):
-    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
-    shown = []
-    absolute = comfy.utils.ProgressBar.update_absolute
-    monkeypatch.setattr(
-        comfy.utils.ProgressBar,
-        "update_absolute",
-        lambda self, value, total=None, preview=None: [shown.append(preview), absolute(self, value, total, preview)],
-    )
-    video, audio = sample(loaded, prompt, latent)
-    width, height = video.shape[4], video.shape[3]
-    assert len(shown) == 8 and all(picture.size == (width, height) for _, picture, _ in shown)
-    previewer = latent_preview.get_previewer(torch.device("cpu"), loaded[0].model.latent_format)
-    packed, _ = comfy.utils.pack_latents([video, audio])  # what ComfyUI 0.24 gives
-    expected = previewer.decode_latent_to_preview(video)
-    assert previewer.decode_latent_to_preview(packed).tobytes() == expected.tobytes()
-
-
-def test_a_model_file_brings_its_own_preview_colours(weights, tmp_path, monkeypatch):
-    with safe_open(weights / files.MODEL.nano, "pt") as file:
-        metadata = file.metadata()
-    rows = [[0.0, 0.0, 0.0]] * 48 + [[1.0, -1.0, -1.0]]  # the bias alone: red
-    tensors = load_file(weights / files.MODEL.nano)
-    save_file(tensors, tmp_path / "red.safetensors", {**metadata, PREVIEW: json.dumps(rows)})
-    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
-    latent_format = load_model(tmp_path / "red.safetensors", torch.float32).model.latent_format
-    previewer = latent_preview.get_previewer(torch.device("cpu"), latent_format)
-    assert previewer.decode_latent_to_preview(torch.randn(1, 48, 3, 2, 4)).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
