@@ -4,7 +4,8 @@
     python3 run.py comfyui                                        start ComfyUI with these nodes and stay up
     python3 run.py test                                           run every test
     python3 run.py verify DIR                                     compare our networks with golden tensors
-    python3 run.py convert SRC DST --dtype fp8                    any published layout to one file, smaller
+    python3 run.py convert SRC DST --dtype int8                   any published layout to one file, smaller
+    python3 run.py speed --size 1080p                             how fast your card is, without downloading weights
     python3 run.py train NAME | evaluate | bench | workflows      for developers
 
 `python3 run.py COMMAND --help` says more. The first run makes .venv and fetches ComfyUI (3 GB, a few minutes; 8 GB
@@ -121,9 +122,9 @@ def run_verify(words):
 
 
 def run_convert(words):
-    """Write a transformer or text encoder in any published layout as one safetensors file, in bf16 or fp8.
+    """Write a transformer or text encoder in any published layout as one safetensors file, in bf16, int8 or fp8.
 
-    usage: run.py convert SRC DST --dtype {bf16,fp8} [--variant {distill,base,540p_sr,1080p_sr}] [--force]
+    usage: run.py convert SRC DST --dtype {bf16,int8,fp8} [--variant {distill,base,540p_sr,1080p_sr}] [--force]
 
     SRC        a file, a shard or a folder of shards
     DST        the .safetensors file to write; it appears once it is complete
@@ -132,6 +133,24 @@ def run_convert(words):
     --force    replace DST if it exists
     """
     run_module("model_loader.convert", words, prepare())
+
+
+def run_speed(words):
+    """Run the whole pipeline in ComfyUI on your card, at full size, and print the seconds of every stage.
+
+    usage: run.py speed [--size {256p,540p,1080p}] [--seconds N] [--weight-dtype W] [--attention A] [--compile]
+                        [--folder DIR] [any argument of ComfyUI's main.py, such as --lowvram]
+
+    Nothing is downloaded: the model files are written first, in the full size (27 to 81 GB), of random numbers, which
+    a card multiplies as fast as trained ones; the clip is noise. Afterwards they are removed, unless --folder says
+    where they are to stay. The second of two runs is what every further clip takes.
+
+    --size          of the finished clip (540p)
+    --weight-dtype  as in Load HappyHorse: bf16, int8, int8_fast, fp8_e4m3fn, fp8_e4m3fn_fast (int8)
+    --attention     as in HappyHorse Speed: default, fp8, int8, sage, flash
+    --compile       as in HappyHorse Speed
+    """
+    run_module("benchmarks.pipeline", words, prepare())
 
 
 def run_train(words):
@@ -175,6 +194,7 @@ COMMANDS = {
     "test": run_test,
     "verify": run_verify,
     "convert": run_convert,
+    "speed": run_speed,
     "train": run_train,
     "evaluate": run_evaluate,
     "bench": run_bench,

@@ -11,20 +11,18 @@ What a card's kernels allocate inside (cuBLAS, cuDNN) and PyTorch's fragmentatio
 
 import argparse
 import datetime
-import json
 import os
 import tempfile
 from pathlib import Path
 
 from ..launch.client import Client, NodeError
 from ..launch.comfyui import FETCHED
-from .empty_files import write_models
 from .measure import RESULTS
+from .model_files import write_models
+from .pipeline import paths_file, pipeline
 from .simulated_card import card
 from .simulated_card.server import CardServer
 
-ROOT = Path(__file__).parent.parent
-WORKFLOW = ROOT / "workflows" / "api" / "text_to_1080p.json"
 SET_ASIDE = 1.5e9  # bytes: driver, screen, workspaces
 WAYS = {"dynamic": [], "not dynamic": ["--disable-dynamic-vram"]}
 STAGES = {"Sampler": "first pass", "SuperResolution": "super-resolution", "SaveVideo": "decode"}
@@ -43,26 +41,9 @@ BEYOND = (f"{stage}, beyond weights GB" for stage in STAGES.values())
 HEAD = ("card", "clip", "weights", "memory", "peak GB", *BEYOND, "moved by both samplers GB", "")
 
 
-def pipeline(size, seconds, vae="turbo_vae"):
-    """Return the API graph of text to a clip of `size`, with the files of `write_models`."""
-    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    names = {"model": "distill", "text_encoder": "t5gemma", "video_vae": vae, "audio_vae": "sd_audio"}
-    graph["1"]["inputs"] |= {part: f"{name}.safetensors" for part, name in names.items()}
-    graph["3"]["inputs"]["seconds"] = seconds
-    if size == "256p":
-        graph["5"]["inputs"]["latent"] = graph["10"]["inputs"]["latent"]
-        del graph["9"], graph["10"]
-    else:
-        graph["9"]["inputs"]["model"] = f"{size}_sr.safetensors"
-        graph["10"]["inputs"]["size"] = size
-    return graph
-
-
 def run(built, models, gib, graph, way="dynamic"):
     """Run a graph on a card of `gib` GiB less SET_ASIDE; return what its nodes used, and its error or None."""
-    paths = {name: name for name in ("diffusion_models", "text_encoders", "vae")}
-    (models / "paths.yaml").write_text(json.dumps({"empty": {"base_path": str(models), **paths}}))
-    words = ["--extra-model-paths-config", str(models / "paths.yaml"), "--disable-pinned-memory", *WAYS[way]]
+    words = ["--extra-model-paths-config", str(paths_file(models, models)), "--disable-pinned-memory", *WAYS[way]]
     with tempfile.TemporaryDirectory(prefix="happyhorse-budgets-") as output:
         with CardServer(built, output, gib - SET_ASIDE / 2**30, words, numbers=False) as server:
             try:

