@@ -58,6 +58,12 @@ LIMITS = {
 }
 
 
+def raise_if_full(error):
+    """Raise an error again that says that the card is full, so that a trial is made another time, not given up."""
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
+        raise error
+
+
 @functools.cache
 def triton_kernels():
     """Import the Triton kernels and run one, once a process; return {op: module}, or None where that does not work."""
@@ -79,6 +85,7 @@ def triton_kernels():
         # Triton builds its launcher with a C compiler, which may be missing: that shows only when a kernel runs.
         rms_norm_triton.rms_norm(torch.ones(1, 16, device="cuda"), torch.zeros(16, device="cuda"))
     except Exception as error:  # whatever is broken, torch still works
+        raise_if_full(error)
         reason = f"{type(error).__name__}: {error}"
         logging.warning(f"happyhorse-local: Triton does not work here ({reason}); torch runs its ops, more slowly")
         return None
@@ -124,6 +131,7 @@ def working_attention(capability, fp8):
         try:
             check_attention(functools.partial(run_attention, name), fp8)
         except Exception as error:  # it asks for more than this Triton has, or this one compiles it wrongly
+            raise_if_full(error)
             reason = f"{type(error).__name__}: {error}"
             logging.warning(f"happyhorse-local: kernels/{name}.py does not work here ({reason}); another way is taken")
         else:

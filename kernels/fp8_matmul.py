@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .dispatch import FP8_CAPABILITY, capability_of, scale_rows_and_columns
+from .dispatch import FP8_CAPABILITY, capability_of, raise_if_full, scale_rows_and_columns
 from .fp8 import aligned, dequantise_rows, multiplied, quantise_rows, quantise_weight
 
 
@@ -48,6 +48,7 @@ def way_of(capability):
         try:
             check(multiply)
         except Exception as error:  # which kind depends on what refuses: torch, cuBLAS or the check
+            raise_if_full(error)
             faults.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}")
         else:
             if faults:

@@ -8,6 +8,8 @@ import logging
 
 import torch
 
+from ..kernels import raise_if_full
+
 
 @torch.compiler.disable  # some versions ask for the card's name on the way, which cannot be traced
 def sage_attention(q, k, v):
@@ -32,6 +34,7 @@ def _fault(device, dtype, head_dim):
     try:
         sage_attention(q, q[:, :1], q[:, :1])
     except Exception as error:  # assertions, missing kernels, unknown cards: each version has its own
+        raise_if_full(error)
         fault = str(error).rstrip(".") or type(error).__name__
         logging.warning("SageAttention cannot run on %s, %s, with heads of %d: %s", device, dtype, head_dim, fault)
         return fault

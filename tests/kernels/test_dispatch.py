@@ -1,11 +1,12 @@
 """Which backend serves which tensors, and what a machine without working Triton is told."""
 
 import logging
+from unittest.mock import Mock
 
 import pytest
 import torch
 from pack import kernels
-from pack.kernels import FP8, dispatch, reference
+from pack.kernels import FP8, dispatch, fp8_matmul, reference
 from pack.kernels.fp8 import fp8_scores
 
 X = torch.randn(2, 5, 48)
@@ -61,6 +62,35 @@ def test_a_machine_where_triton_fails_says_so_once_and_goes_on(monkeypatch, capl
     dispatch.triton_kernels.cache_clear()
     (record,) = caplog.records
     assert "Triton does not work here" in record.message and "torch runs its ops" in record.message
+
+
+FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["torch", "Triton"])
+@pytest.mark.parametrize("trial", ["attention", "fp8 products"])
+def test_a_card_that_is_full_when_a_kernel_is_tried_tries_it_again(trial, error, monkeypatch):
+    cached = dispatch.working_attention if trial == "attention" else fp8_matmul.way_of
+    owner, check = (dispatch, "check_attention") if trial == "attention" else (fp8_matmul, "check")
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda: {"op": dispatch})
+    monkeypatch.setattr(owner, check, Mock(side_effect=[error, None]))
+    arguments = ((8, 9), True) if trial == "attention" else ((8, 9),)
+    cached.cache_clear()
+    with pytest.raises(type(error), match="out of memory"):
+        cached(*arguments)
+    assert cached(*arguments) == ("attention_fp8_triton" if trial == "attention" else "rows")
+    cached.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows a card that this machine does not have")
+def test_a_full_card_is_no_reason_to_do_without_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=FULL[0]))
+    dispatch.triton_kernels.cache_clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        dispatch.triton_kernels()
+    assert dispatch.triton_kernels.cache_info().currsize == 0
+    dispatch.triton_kernels.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

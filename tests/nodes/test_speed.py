@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import comfy.ldm.modules.attention as core_attention
 import pytest
@@ -217,6 +218,17 @@ def test_where_sageattention_cannot_run_the_node_says_so_and_the_flag_does_witho
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     assert caplog.text.count("SageAttention cannot run on cpu") == 1
     sage._fault.cache_clear()
+
+
+def test_sageattention_is_tried_again_where_the_card_was_full(loaded, told, sageattention, monkeypatch):
+    monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "sage", core_attention.attention_pytorch)
+    full = Mock(side_effect=torch.cuda.OutOfMemoryError("CUDA out of memory."))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=full))
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            Speed.execute(loaded[0], attention="sage")
+    Speed.execute(loaded[0], attention="sage")
+    assert told == ["sage attention"]
 
 
 @pytest.mark.parametrize(("variant", "threshold"), [("base", 0.03), ("distill", 0.5)])
