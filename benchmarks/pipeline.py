@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from ..launch import LaunchError
@@ -32,6 +33,8 @@ SIZES = ("256p", "540p", "1080p")
 PRECISIONS = {  # of the files for every weight_dtype
     "bf16": "bf16", "int8": "int8", "int8_fast": "int8", "fp8_e4m3fn": "fp8", "fp8_e4m3fn_fast": "fp8"
 }  # fmt: skip
+ATTENTIONS = ("default", "fp8", "int8", "sage", "flash")  # of HappyHorse Speed
+SECONDS = (0.2, 15.0)  # of HappyHorse Empty Latent
 STAGES = {
     "HappyHorseLoadCheckpoint": "opening files",
     "HappyHorseEncodePrompt": "prompt",
@@ -116,24 +119,35 @@ def measure(server, graph):
     client, runs = Client(server.url, server.check_alive), []
     for which, graph_of_run in (("First run", graph), ("Again", another_clip(graph))):
         status = StatusLine()
-        runs.append(
-            timed(
-                client, graph_of_run,
-                on_progress=lambda progress, status=status, which=which: status.show(f"{which}: {progress}"),
-                on_notice=lambda node, text: [print(f"Note: {remark}") for remark in text.splitlines()[1:]],
-            )
-        )  # fmt: skip
+        runs.append(timed(client, graph_of_run, partial(_show, status, which), _print_remarks))
         status.done(which)
     return runs
+
+
+def _show(status, which, progress):
+    status.show(f"{which}: {progress}")
+
+
+def _print_remarks(node, text):
+    for remark in text.splitlines()[1:]:
+        print(f"Note: {remark}")
+
+
+def seconds_of_a_clip(word):
+    """Return the number of seconds that a word of the command line gives; ValueError where no clip can have them."""
+    seconds = float(word)
+    if not SECONDS[0] <= seconds <= SECONDS[1]:
+        raise ValueError(word)
+    return seconds
 
 
 def parser():
     """Return the parser of the command line."""
     words = argparse.ArgumentParser(prog="run.py speed", description=__doc__.split("\n\n")[0])
     words.add_argument("--size", choices=SIZES, default="540p", help="of the finished clip (%(default)s)")
-    words.add_argument("--seconds", type=float, default=5.0, help="of the clip (%(default)s)")
+    words.add_argument("--seconds", type=seconds_of_a_clip, default=5.0, help="of the clip, 0.2 to 15 (%(default)s)")
     words.add_argument("--weight-dtype", choices=PRECISIONS, default="int8", help="as in Load HappyHorse (%(default)s)")
-    words.add_argument("--attention", default="default", help="as in HappyHorse Speed: fp8, sage, ... (%(default)s)")
+    words.add_argument("--attention", choices=ATTENTIONS, default="default", help="HappyHorse Speed's (%(default)s)")
     words.add_argument("--compile", action="store_true", help="as in HappyHorse Speed")
     words.add_argument("--folder", type=Path, help="where the files go (27 to 81 GB), and stay for another time")
     return words
@@ -151,15 +165,16 @@ def why_not():
 
 
 def run(options, words, temporary):
-    """Write the files, start ComfyUI with `words` more, make both clips; return its system_stats and `measure`'s."""
+    """Start ComfyUI with `words` more, write the files, make both clips; return its system_stats and `measure`'s."""
     names = ["distill", *([] if options.size == "256p" else [f"{options.size}_sr"]), "t5gemma", "turbo_vae", "sd_audio"]
     models = (options.folder or temporary).resolve()
     models.mkdir(parents=True, exist_ok=True)
-    write_models(models, PRECISIONS[options.weight_dtype], RandomWriter, names)
     graph = hurried(pipeline(options.size, options.seconds), options.weight_dtype, options.attention, options.compile)
     words = ["--extra-model-paths-config", str(paths_file(models, temporary)), *words]
     with Server(Path(os.environ.get("COMFYUI_PATH", FETCHED)), temporary / "output", words) as server:
-        return Client(server.url).request("/system_stats"), measure(server, graph)
+        about = Client(server.url).request("/system_stats")  # words that it does not take end it before gigabytes
+        write_models(models, PRECISIONS[options.weight_dtype], RandomWriter, names)
+        return about, measure(server, graph)
 
 
 def main(arguments=None):

@@ -96,6 +96,13 @@ def test_the_graph_is_what_was_asked_for():
     assert again["1"] == fast["1"] and again["9"] == fast["9"] and again["40"] == fast["40"]
 
 
+def test_mistakes_are_told_at_once(capsys):
+    for words in (["--seconds", "16"], ["--seconds", "five"], ["--attention", "fast"], ["--weight-dtype", "fp4"]):
+        with pytest.raises(SystemExit):
+            pipeline.parser().parse_args(words)
+        assert words[0] in capsys.readouterr().err
+
+
 def test_seconds_belong_to_the_node_that_ran(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 10.0, 14.0])
     monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(clock))

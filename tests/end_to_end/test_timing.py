@@ -8,10 +8,20 @@ from pack.benchmarks import pipeline
 from pack.benchmarks.pipeline import ROOT
 
 
-def test_two_clips_are_timed_node_by_node(graph, tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def as_if_there_were_a_card(monkeypatch):
     if "COMFYUI_PATH" not in os.environ:
         pytest.skip("COMFYUI_PATH is not set; run.py test sets it")
     monkeypatch.setattr(pipeline, "why_not", lambda: None)
+
+
+def test_words_that_comfyui_does_not_take_are_told_before_gigabytes_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "write_models", lambda *about: 1 / 0)
+    with pytest.raises(SystemExit, match="unrecognized arguments: --sise"):
+        pipeline.main(["--sise", "1080p", "--folder", str(tmp_path)])
+
+
+def test_two_clips_are_timed_node_by_node(graph, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "pipeline", lambda size, seconds: graph("nano_t2v"))
     monkeypatch.setattr(pipeline, "write_models", lambda folder, *about: (folder / "written").touch())
     monkeypatch.setattr(pipeline, "RESULTS", tmp_path)

@@ -4,7 +4,11 @@ import inspect
 from pathlib import Path
 
 import pytest
+from pack.benchmarks import pipeline
 from pack.nodes import NODES
+from pack.nodes.conditioning import MAX_SECONDS, MIN_SECONDS
+from pack.nodes.speed import CORES
+from pack.nodes.weight_dtypes import SMALL, WIDE
 
 DOCS = Path(__file__).parents[2] / "web" / "docs"
 IDS = {
@@ -54,3 +58,8 @@ def test_no_help_page_is_left_over():
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.GET_SCHEMA().node_id)
 def test_nodes_stay_thin(node):
     assert len(inspect.getsource(node.execute).splitlines()) <= 22, "a node unpacks, calls and returns"
+
+
+def test_run_py_speed_takes_what_the_nodes_take():
+    assert pipeline.ATTENTIONS == ("default", "fp8", *CORES) and pipeline.SECONDS == (MIN_SECONDS, MAX_SECONDS)
+    assert set(pipeline.PRECISIONS) == {*WIDE, *SMALL} - {"fp16", "fp32"}
