@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..kernels.fp8 import HALF_LIMITS, fp8_scores
+from ..kernels.fp8 import fp8_scores
 from ..model_loader.attention import frame_windows, joint_attention, local_attention
 from ..model_loader.config import SR_1080P
 from ..model_loader.tokens import TokenLayout
@@ -61,13 +61,20 @@ def in_fp8(q, k, layout, radius=None):
     return lambda q, k, v: joint_attention(*narrow, v, layout, radius)
 
 
-def with_half_scores(q, k, layout, block_keys, radius=None):
-    """Return Hopper's attention in fp8 with scores in fp16, which the network does not use."""
+def on_hopper(q, k, layout, radius, **options):
+    """Return Hopper's attention in fp8 in one of its variants."""
     from ..kernels import attention_hopper
 
-    narrow = fp8_scores(q, k, k.abs().amax().float(), HALF_LIMITS)
+    narrow = fp8_scores(q, k, k.abs().amax().float())
     window = () if radius is None else (layout.frame, layout.frames, radius)
-    return lambda q, k, v: attention_hopper.attention(*narrow, v, *window, half_scores=True, block_keys=block_keys)
+    return lambda q, k, v: attention_hopper.attention(*narrow, v, *window, **options)
+
+
+VARIANTS = {
+    "scores in fp32": {},
+    "scores in fp16": {"half_scores": True},
+    "scores in fp16, 256 keys at a time": {"half_scores": True, "block_keys": 256},
+}
 
 
 def ours(q, k, layout, device, radius=None):
@@ -76,9 +83,8 @@ def ours(q, k, layout, device, radius=None):
     if device.type == "cuda":
         ways["ours, fp8"] = lambda: in_fp8(q, k, layout, radius)
         if torch.cuda.get_device_capability(device)[0] == 9:
-            for block_keys in (128, 256):
-                name = f"ours, fp8, scores in fp16 for {block_keys} keys at a time"
-                ways[name] = lambda block_keys=block_keys: with_half_scores(q, k, layout, block_keys, radius)
+            for variant, options in VARIANTS.items():
+                ways[f"fp8, {variant}"] = lambda options=options: on_hopper(q, k, layout, radius, **options)
     return ways
 
 

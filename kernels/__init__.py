@@ -1,11 +1,11 @@
 """The network's element-wise and row-wise ops; the networks import them from here."""
 
+from .attention_choice import attention_kernel, why_no_fp8_attention
 from .dispatch import (
     add,
     add_channels,
     add_rms_norm_spans,
     attention_inputs,
-    attention_kernel,
     channel_norm,
     gate_heads,
     gelu7,
@@ -16,7 +16,6 @@ from .dispatch import (
     scale_rows_and_columns,
     swiglu7,
     takes_biases,
-    why_no_fp8_attention,
 )
 from .fp8 import FP8, Fp8Rows, quantise_rows, quantise_weight
 from .fp8_matmul import fp8_linear

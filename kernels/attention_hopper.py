@@ -100,8 +100,8 @@ def attention_kernel(
 def attention(q, k, v, frame=0, frames=0, radius=0, out=None, half_scores=False, block_keys=BLOCK_KEYS):
     """`reference.attention` with heads of 128: q, k, v in bf16, or q and k as `fp8.fp8_scores` gives them.
 
-    `out` takes the result if given. half_scores: scores in fp16, which wants q and k in fp8 within `fp8.HALF_LIMITS`;
-    block_keys: 128, or with half_scores 256. Neither has run on a card yet, and no network asks for it.
+    `out` takes the result if given. half_scores: scores in fp16, of q and k in fp8 (attention_pairs_hopper.py);
+    block_keys: 128, or with half_scores 256, which nobody asks for yet.
     """
     (batch, heads, tokens, head_dim), key_heads = q.shape, k.shape[1]
     if out is None:

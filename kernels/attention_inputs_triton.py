@@ -7,10 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8 import FP8_MAX, KEY_MAX, QUERY_MAX
 from .reference import empty_attention_inputs
 from .rows_triton import alignment, row_scale, strides_in
 
 BLOCK_TOKENS = 4
+KEY_MAX = tl.constexpr(KEY_MAX)
+TO_QUERY_MAX = tl.constexpr(FP8_MAX / QUERY_MAX)
 HEADS_PER_PROGRAM = 8  # sines, cosines and weights are read once for so many heads
 
 
@@ -51,7 +54,7 @@ def norm_and_rotate(
         inverse = tl.rsqrt(tl.sum(values * values, axis=1) / HEAD_DIM + eps)
         turned = (values * own + partners * other) * inverse[:, None]
         if QUERIES_TO_FP8:
-            factor = row_scale(turned, axis=1)
+            factor = row_scale(turned, axis=1) * TO_QUERY_MAX
             scales = tl.where(heads == number, (factor * key_scale)[:, None], scales)
             turned *= (1.0 / factor)[:, None]
         if KEYS_TO_FP8:
@@ -68,7 +71,7 @@ def scale_of_keys(
     weight, weight_expert, weight_column,
     EXPERTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Return [BLOCK_TOKENS] times the scale by which the largest number that any expert's normed keys can have is 448.
+    """Return [BLOCK_TOKENS] times the scale by which the largest number that any expert's normed keys can have is 56.
 
     Once for every token, so that no warp waits for another one's share of the columns.
     """
@@ -77,7 +80,7 @@ def scale_of_keys(
     for expert in tl.static_range(EXPERTS):
         at = weight + expert * weight_expert + column * weight_column
         largest = tl.maximum(largest, tl.abs(tl.load(at, mask=column < HEAD_DIM, other=-1.0).to(tl.float32) + 1.0))
-    return tl.maximum(tl.max(largest, axis=1) * tl.sqrt(HEAD_DIM * 1.0), 1e-12) / 448.0
+    return tl.maximum(tl.max(largest, axis=1) * tl.sqrt(HEAD_DIM * 1.0), 1e-12) / KEY_MAX
 
 
 @triton.jit

@@ -1,18 +1,16 @@
 """Pick the backend of each op: Triton where its limits hold, else the plain torch of `reference`."""
 
 import functools
-import importlib
 import logging
 from dataclasses import dataclass
 
 import torch
 
 from . import reference
-from .fp8 import FP8, Fp8Rows, fp8_scores
+from .fp8 import FP8
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8_CAPABILITY = (8, 9)  # Ada and later multiply e4m3
-ATTENTION_HEAD = 128  # columns of a head of the full-size network, the only size the attention kernels serve
 
 
 def cpu_multiplies_bf16():
@@ -106,81 +104,6 @@ def triton_kernels():
 def capability_of(device):
     """Return the compute capability of a card: asked for once, for every launch wants it."""
     return torch.cuda.get_device_capability(device)
-
-
-@torch.no_grad()
-def check_attention(kernel, fp8, device="cuda"):
-    """Run an attention kernel on a few tokens; RuntimeError if the result is not the reference's."""
-    random = torch.Generator(device).manual_seed(0)
-    q, k, v = torch.randn(3, 1, 1, 300, ATTENTION_HEAD, generator=random, device=device).bfloat16()
-    wanted = reference.attention(q.float(), k.float(), v.float())
-    if fp8:
-        q, k = fp8_scores(q, k, k.abs().amax().float())
-    found = kernel(q, k, v).float()
-    error = ((found - wanted).norm() / wanted.norm()).item()
-    if not error < 0.1:
-        raise RuntimeError(f"its result is off by {error:.0%}")
-
-
-@functools.cache
-def working_attention(capability, fp8):
-    """Return the module with the quickest attention kernel that works on such a card, or None; tried once a process."""
-    hopper = capability[0] == 9 and torch.version.hip is None
-    candidates = ["attention_hopper"] * hopper + ["attention_fp8_triton"] * (fp8 and capability >= FP8_CAPABILITY)
-    for name in candidates if triton_kernels() else ():
-        try:
-            check_attention(functools.partial(run_attention, name), fp8)
-        except Exception as error:  # it asks for more than this Triton has, or this one compiles it wrongly
-            raise_if_full(error)
-            reason = f"{type(error).__name__}: {error}"
-            logging.warning(f"happyhorse-local: kernels/{name}.py does not work here ({reason}); another way is taken")
-        else:
-            return name
-    return None
-
-
-@torch.compiler.disable  # it would write a kernel of Gluon's down as one of Triton's
-def run_attention(name, *arguments, **options):
-    """Run the attention of one of the kernels' modules."""
-    return importlib.import_module(f".{name}", __package__).attention(*arguments, **options)
-
-
-@torch.compiler.assume_constant_result  # which it would not be with a cache of its own
-def attention_on(device, fp8):
-    """Return what `working_attention` does for a device."""
-    return working_attention(capability_of(device), fp8)
-
-
-def attention_kernel(q, k, v):
-    """Return what computes `reference.attention` of q, k, v, or None: then torch has to, see model_loader.attention."""
-    fp8 = isinstance(q, Fp8Rows)
-    q, narrow = (q.values, FP8) if fp8 else (q, torch.bfloat16)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    served = not needs_gradient and all(
-        tensor.is_cuda
-        and tensor.dtype == dtype
-        and tensor.shape[-1] == ATTENTION_HEAD
-        and tensor.stride(-1) == 1
-        and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
-        for tensor, dtype in ((q, narrow), (k, narrow), (v, torch.bfloat16))
-    )
-    name = attention_on(q.device, fp8) if served else None
-    return None if name is None else functools.partial(run_attention, name)
-
-
-def why_no_fp8_attention(device, head_dim):
-    """Return why no kernel multiplies attention in fp8 on a device for heads of so many columns, or None."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it wants an NVIDIA card, not '{device.type}'"
-    capability = capability_of(device)
-    if capability < FP8_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} does not multiply fp8 (compute capability {capability[0]}.{capability[1]}, it takes 8.9)"
-    if head_dim != ATTENTION_HEAD:
-        return f"the model's heads have {head_dim} columns, the kernel serves {ATTENTION_HEAD}"
-    if attention_on(device, True) is None:
-        return "Triton cannot run the kernel (ComfyUI's log says why)"
-    return None
 
 
 def backend(op, *tensors, columns=None, out_dtype=None):

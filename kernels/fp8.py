@@ -6,7 +6,9 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-HALF_LIMITS = (7.0, 56.0)  # queries and keys of 128 columns up to these have scores below 65,504, the largest fp16
+# Queries and keys of 128 columns up to these have scores of at most 50,176, which fp16 holds (65,504). Both are 448 by
+# a power of two: e4m3 rounds numbers as it would up to 448, but for those below a 448th of the largest.
+QUERY_MAX, KEY_MAX = 7.0, 56.0
 COLUMN_MULTIPLE = 16  # torch._scaled_mm wants rows of whole 16-byte blocks
 
 
@@ -44,14 +46,14 @@ def quantise_rows(x):
     return Fp8Rows(values, scale)
 
 
-def fp8_scores(q, k, largest_key, limits=(FP8_MAX, FP8_MAX)):
+def fp8_scores(q, k, largest_key):
     """Bring queries and keys into e4m3 for their products: q [..., d] to Fp8Rows, k [..., d] to a tensor.
 
-    A query has a scale of its own, by which its largest number is limits[0]; all keys share one, by which `largest_key`
-    [] is limits[1], and no number of theirs may be larger. q's scales are those of its scores: the keys' is taken in.
+    A query has a scale of its own, by which its largest number is QUERY_MAX; all keys share one, by which `largest_key`
+    [] is KEY_MAX, and no number of theirs may be larger. q's scales are those of its scores: the keys' is taken in.
     """
-    key_scale = largest_key.clamp(min=1e-12) / limits[1]
-    scale = q.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / limits[0]
+    key_scale = largest_key.clamp(min=1e-12) / KEY_MAX
+    scale = q.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / QUERY_MAX
     return Fp8Rows((q.float() / scale).to(FP8), scale * key_scale), (k.float() / key_scale).to(FP8)
 
 

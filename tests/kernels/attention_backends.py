@@ -4,7 +4,7 @@ import pytest
 import torch
 from backends import BF16, DEVICE, DTYPES, FP16, FP32, INTERPRETED, LAYOUTS, NO_FP8, check, draw, unwritten
 from pack.kernels import attention_fp8_triton, attention_inputs_triton, gate_heads_triton, reference
-from pack.kernels.fp8 import FP8, FP8_MAX, HALF_LIMITS, fp8_scores
+from pack.kernels.fp8 import FP8, KEY_MAX, QUERY_MAX, fp8_scores
 
 HOPPER = not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
 if HOPPER:
@@ -38,12 +38,12 @@ def draw_heads(batch, heads, tokens):
     return [tensor.to(DEVICE, BF16) for tensor in (q, k, v)]
 
 
-def narrow(q, k, limits=(FP8_MAX, FP8_MAX)):
-    return fp8_scores(q, k, k.abs().amax().float(), limits)
+def narrow(q, k):
+    return fp8_scores(q, k, k.abs().amax().float())
 
 
-def check_attention(found, q, k, v, window, fp8, limits=(FP8_MAX, FP8_MAX)):
-    q, k = narrow(q, k, limits) if fp8 else (q.float(), k.float())
+def check_attention(found, q, k, v, window, fp8):
+    q, k = narrow(q, k) if fp8 else (q.float(), k.float())
     wanted = reference.attention(q, k, v.float(), *window)
     assert found.dtype == BF16 and found.shape == q.shape
     assert (found.float() - wanted).norm() < NEAR[fp8] * wanted.norm()
@@ -102,8 +102,8 @@ def test_attention_on_hopper_with_scores_in_fp16(batch, heads, tokens, window, b
     q, k, v = draw_heads(batch, heads, tokens)
     out = torch.full_like(q, float("nan"))
     options = {"out": out, "half_scores": True, "block_keys": block_keys}
-    assert attention_hopper.attention(*narrow(q, k, HALF_LIMITS), v, *window, **options) is out
-    check_attention(out, q, k, v, window, True, HALF_LIMITS)
+    assert attention_hopper.attention(*narrow(q, k), v, *window, **options) is out
+    check_attention(out, q, k, v, window, True)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper card")
@@ -114,7 +114,7 @@ def test_attention_on_hopper_with_the_largest_scores_that_fp16_has(block_keys):
     keys[:, :, ::2] *= -1
     wanted = (1.0 + torch.arange(600, device=DEVICE) % 2)[:, None].expand(1, 1, 600, 128)
     found = attention_hopper.attention(
-        *narrow(8 * keys, keys, HALF_LIMITS), wanted.to(BF16), half_scores=True, block_keys=block_keys
+        *narrow(8 * keys, keys), wanted.to(BF16), half_scores=True, block_keys=block_keys
     )
     torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=0)
 
@@ -126,7 +126,7 @@ def test_attention_on_hopper_adds_up_many_values_that_are_not_centred(fp8):
     random = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 65_706, 128, generator=random).to(DEVICE, BF16)
     half = {"half_scores": True, "block_keys": fp8} if fp8 in (128, 256) else {}
-    q_and_k = narrow(1.5 * q, k, *[HALF_LIMITS] * bool(half)) if fp8 else (1.5 * q, k)
+    q_and_k = narrow(1.5 * q, k) if fp8 else (1.5 * q, k)
     found = attention_hopper.attention(*q_and_k, v + 3, **half)[:, :, ::97].float()
     wanted = torch.nn.functional.scaled_dot_product_attention(1.5 * q[:, :, ::97], k, v + 3).float()
     assert (found - wanted).norm() < (1e-2 if fp8 else 2e-3) * wanted.norm()
@@ -188,12 +188,14 @@ def test_attention_inputs_in_fp8(batch, spans, heads, head_dim, dtype, layout):
     assert q is out[0] and k is out[1] and q.values.dtype == k.dtype == FP8
     narrow = reference.attention_inputs(rows, *weights, spans, sin_cos, heads, fp8=True)
     wide_q, wide_k, *rest = reference.attention_inputs(rows.float(), *weights, spans, sin_cos, heads)
-    key_scale = head_dim**0.5 * (weights[1] + 1).abs().max() / 448
+    key_scale = head_dim**0.5 * (weights[1] + 1).abs().max() / KEY_MAX
     for scale, values in ((q.scale, q.values), (narrow[0].scale, narrow[0].values)):
-        torch.testing.assert_close(scale * 448, wide_q.abs().amax(-1, keepdim=True) * key_scale, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            scale * QUERY_MAX, wide_q.abs().amax(-1, keepdim=True) * key_scale, rtol=1e-5, atol=0
+        )
         assert_rounded(values.float() * scale / key_scale, wide_q)
     for keys in (k, narrow[1]):
-        assert keys.float().abs().max() > 64  # a seventh of what the largest one could be
+        assert KEY_MAX / 7 < keys.float().abs().max() <= KEY_MAX
         assert_rounded(keys.float() * key_scale, wide_k)
     torch.testing.assert_close((v.float(), gate), tuple(rest), rtol=4e-6, atol=4e-6)
 

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from pack import kernels
-from pack.kernels import FP8, dispatch, fp8_matmul, reference
+from pack.kernels import FP8, attention_choice, dispatch, fp8_matmul, reference
 from pack.kernels.fp8 import fp8_scores
 
 X = torch.randn(2, 5, 48)
@@ -70,9 +70,9 @@ FULL = [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton
 @pytest.mark.parametrize("error", FULL, ids=["torch", "Triton"])
 @pytest.mark.parametrize("trial", ["attention", "fp8 products"])
 def test_a_card_that_is_full_when_a_kernel_is_tried_tries_it_again(trial, error, monkeypatch):
-    cached = dispatch.working_attention if trial == "attention" else fp8_matmul.way_of
-    owner, check = (dispatch, "check_attention") if trial == "attention" else (fp8_matmul, "check")
-    monkeypatch.setattr(dispatch, "triton_kernels", lambda: {"op": dispatch})
+    cached = attention_choice.working_attention if trial == "attention" else fp8_matmul.way_of
+    owner, check = (attention_choice, "check_attention") if trial == "attention" else (fp8_matmul, "check")
+    monkeypatch.setattr(attention_choice, "triton_kernels", lambda: {"op": dispatch})
     monkeypatch.setattr(owner, check, Mock(side_effect=[error, None]))
     arguments = ((8, 9), True) if trial == "attention" else ((8, 9),)
     cached.cache_clear()
@@ -118,10 +118,43 @@ def test_attention_goes_to_a_kernel_on_the_cards_that_have_one_only():
 
 
 def test_an_attention_kernel_that_a_compiler_got_wrong_is_noticed():
-    dispatch.check_attention(reference.attention, True, "cpu")
+    attention_choice.check_attention(reference.attention, True, "cpu")
     for wrong in (lambda q, k, v: v, lambda q, k, v: q * float("nan")):
         with pytest.raises(RuntimeError, match="its result is off by"):
-            dispatch.check_attention(wrong, False, "cpu")
+            attention_choice.check_attention(wrong, False, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("off", "milliseconds", "pays"),
+    [(0.001, (10, 8), True), (0.001, (10, 9.9), False), (0.001, (8, 10), False), (0.1, (10, 5), False)],
+    ids=["quicker", "hardly quicker", "slower", "wrong"],
+)
+def test_scores_in_fp16_are_taken_where_they_are_quicker_and_right(off, milliseconds, pays, monkeypatch, caplog):
+    def run(name, q, k, v):
+        return reference.attention(q, k, v) * (1 + off * (name == attention_choice.HALF))
+
+    times = dict(zip((attention_choice.WIDE, attention_choice.HALF), milliseconds, strict=True))
+    monkeypatch.setattr(attention_choice, "milliseconds", lambda run, name, *arguments: times[name])
+    with caplog.at_level(logging.INFO):
+        assert attention_choice.half_scores_pay(run, "cpu", tokens=64) is pays
+    assert f"takes {100 * milliseconds[1] / milliseconds[0]:.0f} % of the time" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("trial", "chosen"),
+    [(lambda: True, "attention_half_hopper"), (lambda: False, "attention_hopper"), (lambda: 1 / 0, "attention_hopper")],
+    ids=["it pays", "it does not", "it fails"],
+)
+def test_a_hopper_card_gets_the_quicker_of_its_kernels(trial, chosen, monkeypatch):
+    monkeypatch.setattr(attention_choice, "triton_kernels", lambda: {"op": dispatch})
+    monkeypatch.setattr(attention_choice, "check_attention", lambda kernel, fp8: None)
+    monkeypatch.setattr(attention_choice, "half_scores_pay", trial)
+    attention_choice.working_attention.cache_clear()
+    assert attention_choice.working_attention(HOPPER, True) == chosen
+    assert attention_choice.working_attention(HOPPER, False) == "attention_hopper"
+    assert attention_choice.working_attention((8, 9), True) == "attention_fp8_triton"
+    assert attention_choice.working_attention((8, 9), False) is None
+    attention_choice.working_attention.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
