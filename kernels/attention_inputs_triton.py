@@ -71,7 +71,7 @@ def scale_of_keys(
     weight, weight_expert, weight_column,
     EXPERTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Return [BLOCK_TOKENS] times the scale by which the largest number that any expert's normed keys can have is 56.
+    """Return [BLOCK_TOKENS] times the scale that brings the largest number of any expert's normed keys to KEY_MAX.
 
     Once for every token, so that no warp waits for another one's share of the columns.
     """

@@ -1,8 +1,8 @@
 """Scores in fp16, two in a register, for attention_fp8_hopper.py: their softmax takes 300 instructions instead of 405.
 
 Hopper returns fp8 products in fp16 as well as in fp32, and an H200's schedulers are busier with the softmax than its
-tensor cores with the products. The largest score that 128 columns can give must fit: queries are scaled to 7 and keys
-to 56 (`fp8.fp8_scores`), and 7 * 56 * 128 is 50,176 of 65,504. In fp16 a row's largest score of 50,000 rounds by
+tensor cores with the products. The largest score that 128 columns can give must fit: queries are scaled to 14 and keys
+to 28 (`fp8.fp8_scores`), and 14 * 28 * 128 is 50,176 of 65,504. In fp16 a row's largest score of 50,000 rounds by
 at most 16, which is 0.013 of an octave where that score is 2**40 times a weight of 1, and drowns in what fp8 rounds.
 
 Between a product and its softmax scores are kept as int32: single numbers the compiler moves about in other pairs than

@@ -8,7 +8,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 # Queries and keys of 128 columns up to these have scores of at most 50,176, which fp16 holds (65,504). Both are 448 by
 # a power of two: e4m3 rounds numbers as it would up to 448, but for those below a 448th of the largest.
-QUERY_MAX, KEY_MAX = 7.0, 56.0
+QUERY_MAX, KEY_MAX = 14.0, 28.0
 COLUMN_MULTIPLE = 16  # torch._scaled_mm wants rows of whole 16-byte blocks
 
 

@@ -109,7 +109,7 @@ def test_attention_on_hopper_with_scores_in_fp16(batch, heads, tokens, window, b
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper card")
 @HALF_SCORES
 def test_attention_on_hopper_with_the_largest_scores_that_fp16_has(block_keys):
-    """7 * 56 * 128, where a query is eight times its key; every other key's score is as far below 0."""
+    """14 * 28 * 128, where a query is eight times its key; every other key's score is as far below 0."""
     keys = torch.ones(1, 1, 600, 128, device=DEVICE, dtype=BF16)
     keys[:, :, ::2] *= -1
     wanted = (1.0 + torch.arange(600, device=DEVICE) % 2)[:, None].expand(1, 1, 600, 128)
