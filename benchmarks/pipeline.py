@@ -9,6 +9,7 @@ multiplies as fast as trained ones. The clip is noise. All other words go to Com
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def timed(client, graph, on_progress=lambda progress: None, on_notice=lambda nod
     client.run(graph, seen, on_notice=on_notice)
     marks.append(("", time.monotonic()))
     seconds = {}
-    for (node, start), (_, end) in zip(marks, marks[1:], strict=False):
+    for (node, start), (_, end) in itertools.pairwise(marks):
         seconds[node] = seconds.get(node, 0.0) + end - start
     return seconds
 
