@@ -1,6 +1,8 @@
 """The kernels' part of the table: every op at the full network's widths against reference, torch.compile and floor."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 
 from .. import kernels
 from ..kernels import FP8, Fp8Rows, quantise_rows, quantise_weight, reference
+from ..model_loader.gguf_blocks import FORMATS, restore, restore_by_torch
 from ..model_loader.row_scales import quantised
 from .measure import cell, copy_time, head, milliseconds, row_or_fault
 
@@ -22,12 +25,17 @@ ROWS = (HEADS[0] + 2 * HEADS[1]) * HEAD_DIM + HEADS[0]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One op at one size: its name in `kernels` and `reference`, what to call it with, and the bytes it must move."""
+    """One op at one size: its name in `kernels` and `reference`, what to call it with, and the bytes it must move.
+
+    ours, plain: functions in the place of those of the name.
+    """
 
     op: str
     what: str
     arguments: tuple
     moved: int
+    ours: Callable | None = None
+    plain: Callable | None = None
 
 
 def rows(size, device):
@@ -105,6 +113,26 @@ def rows(size, device):
     yield scale
 
 
+def weight_rows(device):
+    """Yield makers of the rows of quantised weights made wide: a layer's largest matrix, on a processor a small one."""
+    rows, columns = (2 * GATED, WIDTH) if device.type == "cuda" else (64, 512)
+
+    def of_rows(dtype):
+        values = torch.randint(-99, 99, (rows, columns), dtype=torch.int8, device=device).to(dtype)
+        arguments = (values, torch.rand(rows, 1, device=device), BF16)
+        return Row("restore_rows", "fp8" if dtype == FP8 else "int8", arguments, rows * columns * 3)
+
+    def of_blocks(kind):
+        form = FORMATS[kind]
+        shape = rows, columns // form.numbers * form.bytes
+        raw = torch.randint(0, 60, shape, dtype=torch.uint8, device=device)
+        moved = raw.nbytes + rows * columns * 2  # 60: so small that no fp16 number among the bytes is infinite
+        return Row("restore_blocks", kind, (raw, kind, BF16), moved, restore, restore_by_torch)
+
+    yield from (partial(of_rows, dtype) for dtype in (torch.int8, FP8))
+    yield from (partial(of_blocks, kind) for kind in FORMATS)
+
+
 def name_of(dtype):
     """Return the short name of an output's dtype."""
     return "fp8" if dtype == FP8 else "bf16"
@@ -119,7 +147,7 @@ def wide(result):
 
 def measured(row, device, rates):
     """Return the cells of a row; torch.compile is measured on a GPU only."""
-    plain, ours = getattr(reference, row.op), getattr(kernels, row.op)
+    plain, ours = row.plain or getattr(reference, row.op), row.ours or getattr(kernels, row.op)
     pairs = zip(wide(plain(*row.arguments)), wide(ours(*row.arguments)), strict=True)
     error = max((expected - found).abs().max().item() for expected, found in pairs)
     compiled = None
@@ -137,8 +165,8 @@ def table(device, rates, sizes):
     """Yield the lines of the kernels' table."""
     times = ("reference ms", "torch.compile ms", "ours ms", "copy of as many bytes ms", "floor ms")
     yield from head("op", "size", *times, "floor/ours", "copy/ours", "max error")
-    for size in sizes:
-        for make in rows(size, device):
+    for size, makers in [*((size, rows(size, device)) for size in sizes), ("weight", weight_rows(device))]:
+        for make in makers:
             row = make()
             yield row_or_fault((f"{row.op} {row.what}", size), lambda row=row: measured(row, device, rates))
             torch._dynamo.reset()

@@ -76,6 +76,7 @@ def triton_kernels():
             channel_norm_triton,
             gate_heads_triton,
             renoise_triton,
+            restore_triton,
             rms_norm_triton,
             scale_triton,
         )
@@ -96,6 +97,7 @@ def triton_kernels():
         "channel_norm": channel_norm_triton,
         "add_channels": add_channels_triton,
         "renoise": renoise_triton,
+        "restore": restore_triton,
         "scale": scale_triton,
     }
 
@@ -200,3 +202,24 @@ def scale_rows_and_columns(x, rows, columns):
     """See `reference.scale_rows_and_columns`; Triton serves x without gaps."""
     chosen = backend("scale", x) if x.is_contiguous() else reference
     return chosen.scale_rows_and_columns(x, rows, columns)
+
+
+def _restorer(values):
+    """Return the Triton module that makes `values` wide, or None: on the CPU, with gaps or for torch.compile."""
+    if not values.is_cuda or not values.is_contiguous() or torch.compiler.is_compiling():
+        return None
+    if capability_of(values.device) < (FP8_CAPABILITY if values.dtype == FP8 else (8, 0)):
+        return None
+    kernels = triton_kernels()
+    return kernels["restore"] if kernels else None
+
+
+def restore_rows(values, scale, dtype):
+    """See `reference.restore_rows`."""
+    return (_restorer(values) or reference).restore_rows(values, scale, dtype)
+
+
+def restore_blocks(raw, kind, dtype):
+    """Return what `model_loader.gguf_blocks.restore` does, by a kernel, or None where none serves."""
+    restorer = _restorer(raw)
+    return restorer and restorer.restore_blocks(raw, kind, dtype)

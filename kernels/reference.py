@@ -231,3 +231,11 @@ def repeat_ends(x, before, after):
 def memory_format_of(x):
     """Return whether the channels or the pixels of x [B, C, T, H, W], or of some of its frames, lie side by side."""
     return torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
+
+
+def restore_rows(values, scale, dtype):
+    """Return values [R, C], int8 or float8_e4m3fn, times scale, fp32 [R, 1] or [], in `dtype`, rounded once.
+
+    dtype holds every value; in place, so that memory is written twice and not three times.
+    """
+    return values.to(dtype).mul_(scale)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels import restore_blocks
+
 # Numbers that are restored at a time: on a processor what its caches hold, on a card enough to keep it busy. In fp32 a
 # whole matrix never exists.
 PIECE, CARD_PIECE = 2**20, 2**24
@@ -24,9 +26,15 @@ class BlockFormat:
     quantise: Callable
 
 
-@torch.no_grad()
 def restore(raw, kind, dtype):
     """Return the matrix [rows, columns] in `dtype` of raw uint8 [rows, bytes of a row]; kind: a key of FORMATS."""
+    restored = restore_blocks(raw, kind, dtype)
+    return restore_by_torch(raw, kind, dtype) if restored is None else restored
+
+
+@torch.no_grad()
+def restore_by_torch(raw, kind, dtype):
+    """Do what `restore` does without a kernel."""
     form, rows = FORMATS[kind], len(raw)
     blocks = raw.view(rows, -1, form.bytes)
     restored = torch.empty(rows, blocks.shape[1] * form.numbers, dtype=dtype, device=raw.device)

@@ -5,6 +5,7 @@ import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, TensorCoreFP8Layout, register_layout_class
 from torch.nn.functional import pad
 
+from ..kernels import restore_rows
 from ..kernels.fp8 import FP8, padded_columns
 from ..model_loader.layouts import INT8_FORMAT
 from ..model_loader.row_scales import LARGEST
@@ -32,11 +33,8 @@ class ScaledRows(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata, params):
-        """Return the matrix in the dtype it stands for, which holds every value; the product is rounded once.
-
-        In place, because this runs for every layer of every step: a third of the memory traffic of products in fp32.
-        """
-        return qdata.to(params.orig_dtype).mul_(params.scale)
+        """Return the matrix in the dtype it stands for; this runs for every layer of every step."""
+        return restore_rows(qdata, params.scale, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor):

@@ -11,7 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-FILES = [Path(__file__).with_name(name) for name in ("backends.py", "attention_backends.py")]
+FILES = [Path(__file__).with_name(name) for name in ("backends.py", "attention_backends.py", "restore_backends.py")]
 TARGETS = {
     **{f"sm_{version}": ("cuda", version, 32) for version in (80, 89, 90, 100, 120)},
     "gfx942": ("hip", "gfx942", 64),  # compiled to see that it could serve; dispatch keeps AMD's cards on torch
@@ -130,6 +130,21 @@ def scale(out):
     return scale_kernel, pointers, constants, [], 8
 
 
+def restore_rows(out, values):
+    from pack.kernels.restore_triton import BLOCK_COLUMNS, BLOCK_ROWS, restore_rows_kernel
+
+    constants = {"ALIGNMENT": 4, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    return restore_rows_kernel, {"values": values, "scale": FP32, "out": OUTPUTS[out]}, constants, [], 8
+
+
+def restore_blocks(out, kind):
+    from pack.kernels.restore_triton import BLOCK_RUNS, KINDS, RUN, restore_blocks_kernel
+
+    constants = {"KIND": kind, "BYTES": KINDS[kind][0], "RUNS": KINDS[kind][1], "RUN": RUN, "BLOCK_RUNS": BLOCK_RUNS}
+    return restore_blocks_kernel, {"raw": "*u8", "out": OUTPUTS[out]}, constants, [], 4
+
+
+GGUF = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 KERNELS = {
     "rms_norm of 5120": (lambda out: rms_norm(out, False, 1, 8192), OUTPUTS),
     "rms_norm of heads": (lambda out: rms_norm(out, False, 64, 128), OUTPUTS),
@@ -143,6 +158,9 @@ KERNELS = {
     "add": (add, ["fp32"]),
     "renoise": (renoise, ["fp32"]),
     "scale": (scale, ["bf16", "fp32"]),
+    "restore_rows int8": (lambda out: restore_rows(out, "*i8"), ["bf16"]),
+    "restore_rows fp8": (lambda out: restore_rows(out, OUTPUTS["fp8"]), ["bf16"]),
+    **{f"restore_blocks {kind}": (lambda out, kind=kind: restore_blocks(out, kind), ["bf16"]) for kind in GGUF},
 }
 
 
@@ -153,7 +171,7 @@ KERNELS = {
         for card in TARGETS
         for name, (_, outputs) in KERNELS.items()
         for out in outputs
-        if out != "fp8" or card in WITH_FP8
+        if "fp8" not in (out, name.split()[-1]) or card in WITH_FP8
     ],
 )
 def test_kernels_compile_ahead_of_time(card, name, out, tmp_path, monkeypatch):

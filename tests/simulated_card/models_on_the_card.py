@@ -17,6 +17,7 @@ sys.argv = sys.argv[:1]
 dynamic = mode in ("dynamic", "kernels")
 if mode == "kernels":
     os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.append(str(HERE.parent / "kernels"))
 sys.path[0] = os.environ["COMFYUI_PATH"]
 if mode != "processor":
     sys.path.insert(1, str(HERE.parents[1] / "benchmarks" / "simulated_card"))
@@ -56,7 +57,7 @@ from comfy_extras.nodes_model_merging import save_checkpoint  # noqa: E402
 runpy.run_path(str(HERE.parents[1] / "as_package.py"))["load_pack"]()
 sys.path += [str(HERE.parent / "nodes"), str(HERE.parent / "model_loader")]
 from gguf_on_disk import write  # noqa: E402
-from pack.kernels import dispatch  # noqa: E402
+from pack.kernels import dispatch, restore_triton  # noqa: E402
 from pack.model_loader import dit_layers, token_pieces, turbo_pieces, turbo_vae  # noqa: E402
 from pack.model_loader.config import TURBO_7_7  # noqa: E402
 from pack.model_loader.dit import DiT  # noqa: E402
@@ -172,15 +173,28 @@ def with_cores_sage(model):
     return model
 
 
+def counting(name):
+    """Count the calls of a function of restore_triton; return where."""
+    calls, function = [], getattr(restore_triton, name)
+    setattr(restore_triton, name, lambda *given: calls.append(name) or function(*given))
+    return calls
+
+
 def kernels():
     """Yield (name, latents) with our kernels, and of layers that dynamo splits as for torch.compile."""
+    from rounding import round_as_cards_do
+
+    round_as_cards_do()
     assert dispatch.triton_kernels() is not None
+    restored = [counting(name) for name in ("restore_rows", "restore_blocks")]
     warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")  # it would go into it
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     yield "decoded", decoded()
     for kind in ("bf16", "int8", "fp8_e4m3fn_fast"):
         yield kind, sample(LoadModel.execute(FILE, kind).args[0])
         yield f"{kind}, compiled", sample(with_compiled_layers(LoadModel.execute(FILE, kind).args[0], backend="eager"))
+    yield "gguf", sample(LoadModel.execute(BLOCKS, "default").args[0])
+    yield "restored", torch.tensor([len(calls) for calls in restored])
     model = LoadModel.execute(WIDE_HEADS, "bf16").args[0]
     yield "wide heads", sample(model)
     yield "sage attention", sample(with_attention(model, "sage"))

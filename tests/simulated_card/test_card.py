@@ -55,20 +55,22 @@ def test_a_model_is_the_same_however_its_weights_are_managed(sampled, way):
 
 
 def test_our_kernels_run_in_comfyui_and_say_the_same(run_script, sampled, tmp_path):
-    """Triton's interpreter runs them; it rounds to fp8 less well (tests/kernels/attention_backends.py)."""
+    """Triton's interpreter runs them."""
     run_script("models_on_the_card.py", "kernels", 24, tmp_path, tmp_path / "latents.pt")
     found, wanted = torch.load(tmp_path / "latents.pt"), sampled["processor"]
-    for kind, bound in (("bf16", 0.005), ("int8", 0.005), ("fp8_e4m3fn_fast", 0.05)):
+    for kind, bound in (("bf16", 0.002), ("int8", 0.002), ("fp8_e4m3fn_fast", 0.02)):
         assert 0 < off(found[kind], wanted[kind.removesuffix("_fast")]) < bound, kind
         assert off(found[f"{kind}, compiled"], found[kind]) < bound, kind
+    assert 0 < off(found["gguf"], wanted["gguf"]) < 0.002
+    assert (found["restored"] > 0).all(), "int8's rows and the blocks of GGUF are made wide by our kernels"
     for way in ("fp8 attention", "fp8 attention, pieces", "fp8 attention, compiled"):
-        assert 0.002 < off(found[way], found["wide heads"]) < 0.02, way
+        assert 0.001 < off(found[way], found["wide heads"]) < 0.004, way
     # The package's own kernels, interpreted: they count what pads the last keys, so short clips are far from exact.
     assert torch.equal(found["sage attention"], found["core's sage attention"]), "keys repeated or not"
     assert off(found["sage attention, compiled"], found["sage attention"]) < 0.005
     assert 0.001 < off(found["sage attention"], found["wide heads"]) < 0.1
     (frames, apart), (expected, never) = found["decoded"], wanted["decoded"]
-    assert frames.shape == expected.shape and 0 < off(frames, expected) < 0.02
+    assert frames.shape == expected.shape and 0 < off(frames, expected) < 0.01
     assert apart > 0 and never == 0, "biases are added in passing where our kernels serve, and only there"
 
 
