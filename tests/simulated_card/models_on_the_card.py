@@ -186,6 +186,7 @@ def kernels():
 
     round_as_cards_do()
     assert dispatch.triton_kernels() is not None
+    restore_triton.BLOCK_ROWS, restore_triton.BLOCK_RUNS = 256, 4096  # few programs: each takes a while
     restored = [counting(name) for name in ("restore_rows", "restore_blocks")]
     warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")  # it would go into it
     torch._dynamo.config.fail_on_recompile_limit_hit = True
