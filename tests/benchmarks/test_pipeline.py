@@ -86,6 +86,8 @@ def test_the_graph_is_what_was_asked_for():
     assert plain["9"]["inputs"]["model"] == "1080p_sr.safetensors" and plain["3"]["inputs"]["seconds"] == 3.0
     assert plain["1"]["inputs"]["weight_dtype"] == plain["9"]["inputs"]["weight_dtype"] == "int8"
     assert not [node for node in plain.values() if node["class_type"] == "HappyHorseSpeed"]
+    asked, whole = (graph["2"]["inputs"]["text"] for graph in (plain, pipeline.pipeline("1080p", 3.0)))
+    assert whole.startswith(asked) and 0.4 < len(asked) / len(whole) < 0.6  # nano's tokenizer cuts words smaller
     fast = pipeline.hurried(pipeline.pipeline("540p", 5.0), "fp8_e4m3fn_fast", "fp8", compiled=True)
     for sampler, loader in (("4", "1"), ("10", "9")):
         speed = fast[fast[sampler]["inputs"]["model"][0]]

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from pack.kernels import fp8_linear, fp8_matmul, quantise_rows
-from pack.kernels.fp8 import aligned, dequantise_rows, quantise_weight
+from pack.kernels.fp8 import aligned, dequantise_rows, fp8_scores, quantise_weight
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (13652, 24), (20, 7208)])
@@ -98,3 +98,11 @@ def test_scales_of_a_slice_are_brought_to_an_address_that_cublas_takes():
     for start in (1, 2, 3):
         moved = aligned(scales[start:])
         assert moved.data_ptr() % 16 == 0 and torch.equal(moved, scales[start:])
+
+
+def test_the_largest_score_that_queries_and_keys_can_have_is_a_number_of_fp16():
+    """Hopper may return it so (attention_pairs_hopper.py): of 128 columns, all as large as the largest one."""
+    q, k = fp8_scores(3 * torch.ones(1, 128), -torch.ones(1, 128), torch.tensor(1.0))
+    score = q.values.float() @ k.float().T
+    assert -torch.finfo(torch.float16).max < score.item() < -40_000  # little of the range is given away
+    torch.testing.assert_close(score * q.scale, torch.tensor([[-3.0 * 128]]))
