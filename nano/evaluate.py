@@ -7,6 +7,7 @@ python3 run.py evaluate --in-process       the same clips without a server (samp
 
 import argparse
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,10 @@ class Tally:
             self.add("follows the soundtrack", lips >= 0.5 if scene.kind == "face" else 2 * hits / either >= 0.5)
         if scene.kind == "face":
             self.add("mouth and loudness r", lips)
+            told = "".join(syllable[1] for syllable in scene.syllables)
+            self.add("number of syllables as told", len(seen.vowels) == len(told))
+            for vowel, heard in zip_longest(told, seen.vowels):
+                self.add("vowels as told", vowel == heard)
         else:
             for index in range(max(1, len(seen.contacts))):  # a thing that never lands has failed once
                 self.add("contacts with a tone within 80 ms", index < hits)

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from .world import COLOURS, FLOOR, FPS, SIZE
+from .world import COLOURS, FLOOR, FPS, PITCHES, SIZE, SYLLABLE_SECONDS, VOWELS, timbre
 
 NAMES = tuple(COLOURS)
 PALETTE = np.array([COLOURS[name] for name in NAMES], float)
@@ -18,7 +18,10 @@ SHADES = {"ball": 1.0, "face": 1.0, "cube": 0.82}  # the front of a cube is this
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a clip shows; times are seconds from its start, `mouth` and `loudness` one value a frame."""
+    """What a clip shows; times are seconds from its start, `mouth` and `loudness` one value a frame.
+
+    vowels: what is said ("aoi"), empty where no face is shown.
+    """
 
     kind: str | None
     colour: str | None
@@ -27,6 +30,7 @@ class Observation:
     tones: np.ndarray
     mouth: np.ndarray
     loudness: np.ndarray
+    vowels: str = ""
 
 
 def read_clip(path):
@@ -88,6 +92,25 @@ def find_tones(sound, rate):
     return np.array(times)
 
 
+def find_vowels(loudness, sound, rate):
+    """Return what a voice says, "aoi": a vowel for each SYLLABLE_SECONDS of it, the one whose harmonics are most alike.
+
+    loudness: one value a frame.
+    """
+    spoken = np.flatnonzero(loudness > max(0.01, 0.12 * loudness.max()))
+    if not len(spoken):
+        return ""
+    vowels = ""
+    for number in range(round(len(spoken) / FPS / SYLLABLE_SECONDS)):
+        middle = spoken[0] / FPS + (number + 0.6) * SYLLABLE_SECONDS  # the first fifth is the m
+        part = sound[int((middle - 0.06) * rate) : int((middle + 0.06) * rate)]
+        spectrum = np.abs(np.fft.rfft(part * np.hanning(len(part)), 8192))
+        near = np.abs(np.fft.rfftfreq(8192, 1 / rate)[:, None] - PITCHES["face"] * np.arange(1, 20)) < 40
+        heard = np.where(near, spectrum[:, None], 0).max(0)
+        vowels += max(VOWELS, key=lambda v: np.dot(timbre(v), heard) / np.linalg.norm(timbre(v)))
+    return vowels
+
+
 def observe(frames, sound, rate):
     """Return the Observation of frames uint8 [F,96,96,3] with mono samples at `rate` Hz."""
     assert frames.shape[1:] == (SIZE, SIZE, 3), frames.shape
@@ -113,7 +136,8 @@ def observe(frames, sound, rate):
         inner = frames[:, middle + 2 : FLOOR, int(np.median(left[shown])) + 4 : int(np.median(right[shown])) - 4]
         mouth = (inner.max(-1) < 100).sum((1, 2)).astype(float)
     contacts = np.zeros(0) if kind == "face" else find_contacts(bottom, shown)
-    return Observation(kind, colour, nearest(ground), contacts, find_tones(sound, rate), mouth, loudness)
+    vowels = find_vowels(loudness, sound, rate) if kind == "face" else ""
+    return Observation(kind, colour, nearest(ground), contacts, find_tones(sound, rate), mouth, loudness, vowels)
 
 
 def matched(contacts, tones, within=0.08):

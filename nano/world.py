@@ -196,19 +196,25 @@ def render_sound(scene, frames):
     return np.clip(sound, -0.8, 0.8).astype(np.float32)
 
 
+def timbre(vowel):
+    """Return how strong the voice's harmonics 1 to 19 are in an open vowel: [19], under its two formants."""
+    number = np.arange(1, 20)
+    first, second = (np.exp(-(((number * PITCHES["face"] - f) / 160) ** 2)) for f in VOWELS[vowel][1])
+    return first + 0.5 * second + 0.10 / number
+
+
 def voice(scene, t):
-    """Return the spoken syllables at times `t` (seconds): a buzz of harmonics under the vowel's two formants."""
+    """Return the spoken syllables at times `t` (seconds): a buzz of harmonics, the vowel's timbre over a hum."""
     opening, vowel = mouth(scene, t)
     index = (t - scene.start) / SYLLABLE_SECONDS
     speaking = (index >= 0) & (index < len(scene.syllables))
     phase = np.where(speaking, index - np.floor(index), 0)
     edge = np.clip(np.minimum(phase, 1 - phase) / 0.06, 0, 1) * speaking
-    formants = np.array([VOWELS[v][1] for v in VOWELS], float)[vowel]
+    gains = np.array([timbre(v) for v in VOWELS])[vowel]
     loudness = np.array([VOWELS[v][2] for v in VOWELS])[vowel]
     sound = np.zeros_like(t)
     for k in range(1, 20):
-        frequency = k * scene.pitch
-        gain = sum(np.exp(-(((frequency - formants[:, f]) / 160) ** 2)) * (1.0, 0.5)[f] for f in range(2)) + 0.10 / k
         hum = 0.25 * (k == 1) + 0.06 * (k == 2)
-        sound += np.sin(2 * np.pi * frequency * t + 0.7 * k * k) * (opening * loudness * gain + (1 - opening) * hum)
+        strength = opening * loudness * gains[:, k - 1] + (1 - opening) * hum
+        sound += np.sin(2 * np.pi * k * scene.pitch * t + 0.7 * k * k) * strength
     return np.clip(0.28 * edge * sound, -0.8, 0.8)

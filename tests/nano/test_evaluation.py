@@ -9,6 +9,7 @@ from pack.launch import ROOT
 from pack.nano import world
 from pack.nano.cases import draw_cases, workflow
 from pack.nano.evaluate import Tally, super_resolution_psnr
+from pack.nano.measure import observe
 from pack.nano.train_super_resolution import OWN_START
 
 NODE = "HappyHorseSuperResolution"
@@ -41,6 +42,27 @@ def test_a_soundtrack_is_followed_by_its_own_clip_and_not_by_a_shifted_one(numbe
         tally = Tally()
         tally.judge(case, pixels, heard, world.SAMPLE_RATE)
         assert tally.values["follows the soundtrack"] == [follows]
+
+
+def test_what_a_face_says_is_heard():
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        scene = world.draw_scene(rng, kind="face")
+        pixels, sound = (world.render_frames(scene, 49) * 255).astype(np.uint8), world.render_sound(scene, 51)
+        noisy = sound + 0.004 * rng.standard_normal(len(sound))
+        assert observe(pixels, noisy, world.SAMPLE_RATE).vowels == "".join(s[1] for s in scene.syllables)
+    assert observe(pixels, 0 * sound, world.SAMPLE_RATE).vowels == ""
+
+
+def test_a_syllable_too_many_and_a_wrong_one_are_counted():
+    case = next(case for case in draw_cases(9, "prompt") if case.scene.kind == "face")
+    case = replace(case, scene=replace(case.scene, syllables=("ma", "mi", "mo")))
+    for said, number, right in ((("ma", "mi", "mo"), 1, 3), (("ma", "mi", "mo", "mu"), 0, 3), (("ma", "mu"), 0, 1)):
+        scene, tally = replace(case.scene, syllables=said), Tally()
+        pixels = (world.render_frames(scene, 49) * 255).astype(np.uint8)
+        tally.judge(case, pixels, world.render_sound(scene, 51), world.SAMPLE_RATE)
+        assert tally.values["number of syllables as told"] == [number]
+        assert sum(tally.values["vowels as told"]) == right and len(tally.values["vowels as told"]) == max(3, len(said))
 
 
 def test_the_template_refines_as_the_evaluation_does():
