@@ -53,7 +53,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [str(python), str(self.comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port)]
         packages = Path(importlib.util.find_spec("torch").origin).parents[1]
-        self.command += ["--disable-auto-launch", *([] if uses_card(packages) else ["--cpu"]), *arguments]
+        self.command += ["--disable-auto-launch", "--disable-api-nodes"]  # the cloud's nodes load for seconds
+        self.command += [*([] if uses_card(packages) else ["--cpu"]), *arguments]
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory(prefix="happyhorse-", ignore_cleanup_errors=True)
