@@ -53,7 +53,7 @@ def quantised_operations(compute_dtype, product=None):
             letters = state_dict.pop(f"{prefix}weight_blocks", None)
             if letters is not None:
                 use_blocks(self, weight, bytes(letters.tolist()).decode(), compute_dtype)
-            elif scale is not None and (product or scale.ndim or weight.dtype == torch.int8):
+            elif scale is not None and (product or weight.dtype in (FP8, torch.int8)):
                 if product == "fp8" and weight.dtype != FP8:  # e5m2
                     weight, scale = quantised(FP8, weight, scale)
                 use_scaled_rows(self, weight, scale, compute_dtype, multiplied=product is not None)

@@ -21,7 +21,6 @@ BAR = 0.04  # relative RMS a forward, fp8 against what it was made from
 FP8_STYLES = ["ours", "magihuman", "plain", "rows", "wide"]
 INT8_STYLES = ["int8", "int8_one_scale", "int8_rotated"]
 STYLES = [*FP8_STYLES, *INT8_STYLES]
-ROWS = ["rows", "int8", "int8_one_scale", "int8_rotated"]  # those with a scale a row in memory
 SHARED, EXPERTS = "block.layers.1.mlp.down_proj", "block.layers.0.attention.linear_proj"
 ATTENTION = "block.layers.1.attention"
 int8_products = pytest.mark.skipif(

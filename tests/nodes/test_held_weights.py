@@ -16,7 +16,7 @@ from quantised_checks import CPU, STRENGTH, forward, relative
 WAYS = {  # name: (file's style, quantised, whether a LoRA is added as the layers run)
     "int8": ("int8", "kept", False),
     "fp8": ("rows", "kept", False),
-    "fp8, one scale": ("ours", "kept", False),
+    "e5m2": ("wide", "kept", False),
     "fp8 fast": ("rows", "fp8 fast", False),
     "int8 fast": ("int8", "int8 fast", False),
     "int8, LoRA": ("int8", "kept", True),
