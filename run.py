@@ -21,6 +21,8 @@ import sys
 from as_package import comfyui_folder
 from launch import ROOT, LaunchError, comfyui, demo, environment
 
+TESTED_AT_ONCE = 4  # files of tests; one may take 3 GB
+
 
 def prepare():
     """Return a ComfyUI's folder once it and .venv are complete; both are made here if they are not."""
@@ -46,13 +48,14 @@ def why_not_ready(folder):
     return environment.why_not_ready(environment.plan(folder, comfyui.version(folder)))
 
 
-def run(command, folder):
+def run(command, folder, **variables):
     """Run a command with .venv's Python and exit as it does; COMFYUI_PATH tells it which ComfyUI to use.
 
     OpenMP's threads wait asleep: awake, on a computer that does something else too, they take a clip from 1.3 s to 13.
+    variables: of the environment, where it does not have them.
     """
     command = [str(environment.python_of()), *map(str, command)]
-    variables = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "COMFYUI_PATH": str(folder)}
+    variables = {"OMP_WAIT_POLICY": "PASSIVE", **variables, **os.environ, "COMFYUI_PATH": str(folder)}
     if sys.platform != "win32":
         sys.stdout.flush()
         os.execve(command[0], command, variables)  # signals and the exit code then need no passing on
@@ -102,10 +105,16 @@ def run_test(words):
 
     run.py test tests/launch      one folder
     run.py test -k schedule -x    tests with this word in their name; stop at the first failure
+
+    All of them: some files at a time, each on cores of its own. With arguments: one by one, unless they are -n 2.
     """
     folder = prepare()
     os.chdir(ROOT)
-    run(["-m", "pytest", *words], folder)
+    if words:
+        run(["-m", "pytest", *words], folder)
+    cores = os.cpu_count() or 1
+    at_once = min(cores, TESTED_AT_ONCE)
+    run(["-m", "pytest", "-n", at_once, "--dist", "loadfile"], folder, OMP_NUM_THREADS=str(cores // at_once))
 
 
 def run_verify(words):
