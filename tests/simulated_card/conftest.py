@@ -31,7 +31,7 @@ def run_script(built):
 
     def run(script, *arguments):
         command = [sys.executable, HERE / script, built, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
