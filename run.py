@@ -110,11 +110,11 @@ def run_test(words):
     """
     folder = prepare()
     os.chdir(ROOT)
-    if words:
-        run(["-m", "pytest", *words], folder)
-    cores = os.cpu_count() or 1
-    at_once = min(cores, TESTED_AT_ONCE)
-    run(["-m", "pytest", "-n", at_once, "--dist", "loadfile"], folder, OMP_NUM_THREADS=str(cores // at_once))
+    threads, cores = {}, os.cpu_count() or 1
+    if not words:
+        at_once = min(cores, TESTED_AT_ONCE)
+        words, threads = ["-n", at_once, "--dist", "loadfile"], {"OMP_NUM_THREADS": str(cores // at_once)}
+    run(["-m", "pytest", *words], folder, **threads)
 
 
 def run_verify(words):
