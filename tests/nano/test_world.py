@@ -81,3 +81,10 @@ def test_what_is_given_is_kept_and_colours_differ():
         assert scene.background == "red" and scene.colour != "red"
     face = scenes(1, kind="face", syllables=("ma", "mo"))[0]
     assert face.syllables == ("ma", "mo") and face.bounces is None
+
+
+def test_the_voice_is_the_one_that_nano_was_trained_on():
+    """Samples of its first version; another voice would need another training."""
+    sound = world.render_sound(world.draw_scene(np.random.default_rng(1), kind="face"), 51)
+    expected = [0.01301, -0.31791, -0.1771, 0.0546, -0.18514, 0.04754, 0.09453, -0.08892]
+    np.testing.assert_allclose(sound[12000:52000:5000], expected, atol=1e-5)
