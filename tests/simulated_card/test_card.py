@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 WAYS = {  # name: (mode, GiB of the card)
     "processor": ("processor", 0),
@@ -74,22 +75,31 @@ def test_our_kernels_run_in_comfyui_and_say_the_same(run_script, sampled, tmp_pa
     assert apart > 0 and never == 0, "biases are added in passing where our kernels serve, and only there"
 
 
+def with_pictures(graph):
+    """Return a workflow that saves the frames of its clip as PNGs too: core's SaveImage after our Decode."""
+    clip = graph["5"]["inputs"]
+    decode = {name: clip[name] for name in ("latent", "vae", "audio_vae") if name in clip}
+    added = {"decode": {"class_type": "HappyHorseDecode", "inputs": decode}} if decode else {}
+    images = {"images": clip.get("images", ["decode", 0]), "filename_prefix": "frame"}
+    return graph | added | {"frames": {"class_type": "SaveImage", "inputs": images}}
+
+
 def frames_of(output):
-    """Return the frames [F,H,W,3] of every clip in a folder, in order."""
+    """Return the frames [F,H,W,3] of every mp4 in a folder, in order, and all the PNGs as a list in theirs."""
     clips = []
     for path in sorted(output.glob("output/video/*.mp4")):
         with av.open(str(path)) as container:
             clips.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
-    return clips
+    return clips, [np.asarray(Image.open(path)) for path in sorted(output.glob("output/frame_*.png"))]
 
 
 NANO = ("nano_t2v", "nano_super_resolution", "nano_image_and_soundtrack", "nano_continue_a_clip")
 
 
 @pytest.fixture(scope="module")
-def clips():
-    """Clips of the ways that ran before, to compare with."""
-    return {}
+def pictures():
+    """Frames of the way that ran first, to compare with."""
+    return []
 
 
 @pytest.mark.parametrize(
@@ -101,10 +111,14 @@ def clips():
         pytest.param(24, ["--novram"], id="novram"),
     ],
 )
-def test_workflows_give_the_same_clips(serve, graph, tmp_path, clips, gib, arguments):
-    outputs, nodes = serve(gib, arguments, [graph(name) for name in NANO])
+def test_workflows_give_the_same_clips(serve, graph, tmp_path, pictures, gib, arguments):
+    """Frames are the same bit by bit. Files are not: with AVX-512 x264 writes the same frames differently each time."""
+    outputs, nodes = serve(gib, arguments, [with_pictures(graph(name)) for name in NANO])
     assert len(outputs) == len(NANO) and 0 < max(node["peak"] for node in nodes) <= gib * 2**30
-    found = frames_of(tmp_path)
-    assert len(found) == len(NANO) and all(clip.std() > 10 for clip in found)
-    for clip, first in zip(found, clips.setdefault("first", found), strict=True):
-        assert np.abs(clip.astype(int) - first).mean() < 1
+    clips, frames = frames_of(tmp_path)
+    pictures[:] = pictures or frames
+    assert len(frames) == len(pictures) and all(map(np.array_equal, frames, pictures))
+    assert len(clips) == len(NANO) and sum(map(len, clips)) == len(frames)
+    for clip, end in zip(clips, np.cumsum([len(clip) for clip in clips]), strict=True):
+        decoded = np.stack(frames[end - len(clip) : end])
+        assert clip.std() > 10 and np.abs(clip.astype(int) - decoded).mean() < 5, "H.264's loss is 2.3 to 3.5"
