@@ -59,7 +59,9 @@ def encode_clips(count, scale=1, size=8, first=0):
 
 
 def encode_prompts(count, each=4, first=0):
-    """Return {token count: (clips [n], features float16 [n,tokens,96])} of `each` prompts a clip.
+    """Return {token count: (clips [n], features float16 [n,tokens,96])} of `each` prompts a clip, twice that of a face.
+
+    What a face says is the hardest to learn of all that a prompt tells, so that half of the examples are faces.
 
     clips: places among those that `encode_clips` returns for the same arguments.
     """
@@ -67,7 +69,8 @@ def encode_prompts(count, each=4, first=0):
     encoder = load_text_encoder(path, dtype=torch.float32)
     tokenizer = Tokenizer.from_str(tokenizer_json(path))
     rng = np.random.default_rng((42, first) if first else 42)
-    clips = np.repeat(np.arange(count), each)
+    shares = [2 if scene_of(first + i).kind == "face" else 1 for i in range(count)]
+    clips = np.repeat(np.arange(count), np.multiply(each, shares))
     prompts = [draw_prompt(scene_of(first + i), rng) for i in clips]
     buckets = defaultdict(list)
     for clip, coded in zip(clips, tokenizer.encode_batch(prompts), strict=True):
