@@ -9,7 +9,7 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
 from ..sampler.media import crop_middle, eight_bit
-from ..sampler.mp4 import write_mp4
+from ..sampler.mp4 import CRF, DEFAULT_CRF, write_mp4
 from ..sampler.sizes import PIXELS_PER_LATENT, pixel_frames, shown_size
 from .held import PICTURE, SOUND, original
 from .host import require_joint_latent
@@ -52,20 +52,20 @@ def decode_joint(latent, vae, audio_vae):
     return images, decode_sound(latent, audio_vae)
 
 
-def save_latent(path, latent, vae, audio_vae, metadata):
+def save_latent(path, latent, vae, audio_vae, metadata, crf):
     """Write a joint LATENT as mp4, decoded while it is written: no more than a few frames are in memory at once."""
     video, _ = require_joint_latent(latent).unbind()
     width, height = shown_pixels(video)
     vae, sound = require_video_vae(vae), decode_sound(latent, audio_vae)
     frames = (crop_middle(frames, width, height) for frames in vae.decode_frames(video))
     count = video.shape[0] * pixel_frames(video.shape[2])
-    write_mp4(path, reported(frames, count), width, height, count, sound, metadata)
+    write_mp4(path, reported(frames, count), width, height, count, sound, metadata, crf)
 
 
-def save_images(path, images, audio, metadata):
+def save_images(path, images, audio, metadata, crf):
     """Write IMAGE [F,H,W,3] and AUDIO, or None, as mp4."""
     count, height, width = images.shape[:3]
-    write_mp4(path, reported(eight_bit(images), count), width, height, count, audio, metadata)
+    write_mp4(path, reported(eight_bit(images), count), width, height, count, audio, metadata, crf)
 
 
 def reported(pieces, count):
@@ -146,12 +146,22 @@ class SaveVideo(io.ComfyNode):
                     tooltip="Folder and start of the file name in ComfyUI's output folder; a counter is added. %year%, "
                     "%month%, %day%, %hour%, %minute%, %second%, %width% and %height% are filled in.",
                 ),
+                io.Int.Input(
+                    "crf",
+                    default=DEFAULT_CRF,
+                    min=CRF[0],
+                    max=CRF[-1],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Quality of H.264: lower is better and larger, 6 less about twice the size. At 18 the file "
+                    "is hardly told from the frames.",
+                ),
             ],
             outputs=[io.Video.Output(tooltip="The file, for other video nodes.")],
         )
 
     @classmethod
-    def execute(cls, filename_prefix, latent=None, vae=None, audio_vae=None, images=None, audio=None):
+    def execute(cls, filename_prefix, latent=None, vae=None, audio_vae=None, images=None, audio=None, crf=DEFAULT_CRF):
         """Write the file, decoding if need be, and show it."""
         kept = None if latent is None else kept_pictures(latent)
         if kept is not None:
@@ -167,9 +177,9 @@ class SaveVideo(io.ComfyNode):
         )
         path = Path(folder) / f"{name}_{counter:05}_.mp4"
         if latent is not None:
-            save_latent(path, latent, vae, audio_vae, cls.workflow_metadata())
+            save_latent(path, latent, vae, audio_vae, cls.workflow_metadata(), crf)
         else:
-            save_images(path, images, audio, cls.workflow_metadata())
+            save_images(path, images, audio, cls.workflow_metadata(), crf)
         preview = ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=preview)
 

@@ -10,20 +10,29 @@ import numpy as np
 from ..model_loader.core_vae import resample
 from .sizes import FPS
 
+CRF = range(1, 52)  # x264's qualities for 8-bit 4:2:0; its 0 is a lossless profile that browsers do not play
+DEFAULT_CRF = 23  # x264's own
+BT709, BT601 = 1, 5  # primaries and transfer, matrix: codes of ISO/IEC 23091-2
+LIMITED = 1  # 16 to 235: libavutil's AVCOL_RANGE_MPEG
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # Hz, ISO 14496-3
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 
 
-def write_mp4(path, pieces, width, height, frames, audio=None, metadata=None):
+def write_mp4(path, pieces, width, height, frames, audio=None, metadata=None, crf=DEFAULT_CRF):
     """Write `frames` pictures of width x height pixels, which come in `pieces`, with `audio` beside them.
 
     pieces: iterable of uint8 [n, height, width, 3] tensors on the CPU, RGB, 25 frames a second; none is kept. audio:
     None or {"waveform": float [B, C, samples], "sample_rate": Hz}, the first of the batch, cut to the pictures' length,
-    at 48000 Hz where AAC lacks its rate. metadata: None or {name: JSON value}, tags of the file.
+    at 48000 Hz where AAC lacks its rate. metadata: None or {name: JSON value}, tags of the file. crf: x264's constant
+    rate factor, 1 (best, largest) to 51.
 
-    Codecs, pixel format and tags are those of ComfyUI's own video writer (x264's defaults, yuv420p). The file grows as
-    `path`.part, which an exception, from `pieces` too, removes. ValueError for sides or channels it cannot write.
+    Codecs, pixel format and names are those of ComfyUI's own video writer (x264, yuv420p), and so is the matrix of
+    colours, BT.601's, which PyAV before 17 reads any file with; but the file says so, because players take pictures of
+    720 lines and more for BT.709's where nothing is said. The file grows as `path`.part, which an exception, from
+    `pieces` too, removes. ValueError for sides, channels or a crf it cannot write.
     """
+    if crf not in CRF:
+        raise ValueError(f"crf is {crf}; expected a whole number from {CRF[0]} (best) to {CRF[-1]} (smallest).")
     if width % 2 or height % 2:
         raise ValueError(f"the pictures are {width}x{height}; H.264 wants even sides. Crop or resize them first.")
     unfinished = path.with_name(path.name + ".part")
@@ -33,13 +42,16 @@ def write_mp4(path, pieces, width, height, frames, audio=None, metadata=None):
         with av.open(str(unfinished), "w", format="mp4", options=options) as file:
             for name, value in (metadata or {}).items():
                 file.metadata[name] = json.dumps(value)
-            video = file.add_stream("h264", rate=FPS)
+            video = file.add_stream("h264", rate=FPS, options={"crf": str(crf)})
             video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+            tags = video.codec_context
+            tags.color_range, tags.colorspace, tags.color_primaries, tags.color_trc = LIMITED, BT601, BT709, BT709
             sound = Soundtrack(file, audio, frames) if audio is not None else None
             written = 0
             for piece in pieces:
                 for frame in piece.contiguous().numpy():
-                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                    picture = picture.reformat(format="yuv420p", dst_colorspace=BT601)
                     file.mux(video.encode(picture))
                     written += 1
                     if sound is not None:

@@ -206,6 +206,12 @@ def test_saved_file(loaded, sampled):
     assert saved(second).name == "clip_00002_.mp4"
 
 
+def test_saved_quality(loaded, sampled):
+    for given in ({"latent": sampled, "vae": loaded[2], "audio_vae": loaded[3]}, {"images": torch.rand(5, 32, 64, 3)}):
+        sizes = [saved(SaveVideo.execute("crf", crf=crf, **given)).stat().st_size for crf in (1, 51)]
+        assert sizes[0] > 1.5 * sizes[1], given.keys()
+
+
 def test_saved_sound_is_in_step_with_the_picture(loaded):
     """A click at 0.4 s is found there in the file, at its level."""
     images = torch.zeros(25, 32, 64, 3)

@@ -112,7 +112,40 @@ def test_what_cannot_be_written_is_named(tmp_path):
         write_mp4(tmp_path / "clip.mp4", shades(2), 33, 32, 2)
     with pytest.raises(ValueError, match="the sound has 3 channels; expected 1, 2 or 6"):
         write_mp4(tmp_path / "clip.mp4", shades(2), 32, 32, 2, tone(1, 44100, channels=3))
+    for crf in (0, 52, 22.5, float("nan")):
+        with pytest.raises(ValueError, match=r"crf is .*; expected a whole number from 1 \(best\) to 51"):
+            write_mp4(tmp_path / "clip.mp4", shades(2), 32, 32, 2, crf=crf)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [64, 768])
+def test_colours_are_those_that_the_file_names(tmp_path, size):
+    """Luma and chroma by BT.601, and tags that say so, without which players take large pictures for BT.709's."""
+    r, g, b = 200, 60, 30
+    write_mp4(
+        tmp_path / "clip.mp4", [torch.tensor([r, g, b], dtype=torch.uint8).expand(3, size, size, 3)], size, size, 3
+    )
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream, frame = container.streams.video[0].codec_context, next(container.decode(video=0))
+    assert (stream.colorspace, stream.color_primaries, stream.color_trc, stream.color_range) == (5, 1, 1, 1)
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    wanted = [16 + 219 / 255 * y, 128 + 224 / 255 * (b - y) / 1.772, 128 + 224 / 255 * (r - y) / 1.402]
+    found = [np.frombuffer(plane, np.uint8)[plane.line_size * 8 + 8] for plane in frame.planes]
+    assert np.abs(np.subtract(found, wanted, dtype=float)).max() < 1.5
+    assert np.abs(frame.to_ndarray(format="rgb24")[8, 8].astype(int) - (r, g, b)).max() <= 3
+
+
+def test_a_lower_crf_is_nearer_and_larger(tmp_path):
+    picture = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    picture = picture.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    sizes, off = [], []
+    for crf in (10, 23, 40):
+        write_mp4(tmp_path / "clip.mp4", [picture], 128, 128, 8, crf=crf)
+        sizes.append((tmp_path / "clip.mp4").stat().st_size)
+        with av.open(str(tmp_path / "clip.mp4")) as container:
+            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        off.append(np.abs(frames - picture.numpy().astype(float)).mean())
+    assert sizes == sorted(sizes, reverse=True) and off == sorted(off) and off[2] > 1.3 * off[0], (sizes, off)
 
 
 def test_legal_rates_pass_and_others_become_48000():
