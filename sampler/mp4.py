@@ -3,9 +3,13 @@
 import json
 import math
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 
 import av
 import numpy as np
+import torch
 
 from ..model_loader.core_vae import resample
 from .sizes import FPS
@@ -15,6 +19,7 @@ DEFAULT_CRF = 23  # x264's own
 BT709, BT601 = 1, 5  # primaries and transfer, matrix: codes of ISO/IEC 23091-2
 LIMITED = 1  # 16 to 235: libavutil's AVCOL_RANGE_MPEG
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # Hz, ISO 14496-3
+WAITING = 2**26  # bytes of pictures that may wait for x264: 10 at 1080p; twice as many save little time
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 
 
@@ -36,6 +41,8 @@ def write_mp4(path, pieces, width, height, frames, audio=None, metadata=None, cr
     if width % 2 or height % 2:
         raise ValueError(f"the pictures are {width}x{height}; H.264 wants even sides. Crop or resize them first.")
     unfinished = path.with_name(path.name + ".part")
+    size = (height, width, 3)
+    slots = torch.empty(max(1, min(frames, WAITING // math.prod(size))), *size, dtype=torch.uint8)
     try:
         # use_metadata_tags keeps tags of any name; faststart moves the index to the front, for players on the web.
         options = {"movflags": "use_metadata_tags+faststart"}
@@ -48,14 +55,17 @@ def write_mp4(path, pieces, width, height, frames, audio=None, metadata=None, cr
             tags.color_range, tags.colorspace, tags.color_primaries, tags.color_trc = LIMITED, BT601, BT709, BT709
             sound = Soundtrack(file, audio, frames) if audio is not None else None
             written = 0
-            for piece in pieces:
-                for frame in piece.contiguous().numpy():
-                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                    picture = picture.reformat(format="yuv420p", dst_colorspace=BT601)
-                    file.mux(video.encode(picture))
-                    written += 1
-                    if sound is not None:
-                        sound.write_until(written)
+
+            def write(frame):
+                nonlocal written
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture = picture.reformat(format="yuv420p", dst_colorspace=BT601)
+                file.mux(video.encode(picture))
+                written += 1
+                if sound is not None:
+                    sound.write_until(written)
+
+            do_meanwhile(write, pieces, slots)
             assert written == frames, (written, frames)
             file.mux(video.encode(None))
             if sound is not None:
@@ -63,6 +73,26 @@ def write_mp4(path, pieces, width, height, frames, audio=None, metadata=None, cr
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def do_meanwhile(work, pieces, slots):
+    """Call work(frame) for the frames of `pieces`, in order, in a thread, so that a card makes the next ones then.
+
+    pieces: iterable of [n, H, W, 3]. slots: [m, H, W, 3], where as many wait as NumPy arrays [H, W, 3]; a ring, because
+    frames that come and go one by one leave holes between the decoder's own memory. What `work` or `pieces` raises is
+    raised once the call under way is done.
+    """
+    thread, waiting, place = ThreadPoolExecutor(1), deque(), cycle(slots)
+    try:
+        for piece in pieces:
+            for frame in piece:
+                if len(waiting) == len(slots):
+                    waiting.popleft().result()
+                waiting.append(thread.submit(work, next(place).copy_(frame).numpy()))
+        for done in waiting:
+            done.result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 class Soundtrack:

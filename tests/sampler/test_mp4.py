@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from pack.sampler import mp4
 from pack.sampler.media import eight_bit
-from pack.sampler.mp4 import at_aac_rate, write_mp4
+from pack.sampler.mp4 import at_aac_rate, do_meanwhile, write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +51,9 @@ def test_frames_and_sound_come_back_in_order_and_of_one_length(tmp_path, rate):
     assert np.abs(middle).max() == pytest.approx(0.4, abs=0.05)
 
 
-def test_pieces_are_asked_for_one_by_one_and_not_kept(tmp_path):
+@pytest.mark.parametrize("waiting", [1, 5 * 2 * 32 * 32 * 3])
+def test_pieces_are_asked_for_one_by_one_and_few_wait(tmp_path, monkeypatch, waiting):
+    monkeypatch.setattr(mp4, "WAITING", waiting)
     alive, most = weakref.WeakSet(), 0
 
     def counted():
@@ -59,7 +64,34 @@ def test_pieces_are_asked_for_one_by_one_and_not_kept(tmp_path):
             yield piece
 
     write_mp4(tmp_path / "clip.mp4", counted(), 32, 32, 50)
-    assert most <= 2
+    assert most <= (7 if waiting > 1 else 3), "those that wait, the one that came and the one that follows"
+
+
+def test_the_next_piece_is_made_while_one_is_written(tmp_path, monkeypatch):
+    """x264 is held until the third piece is asked for: without a thread that never comes."""
+    asked, held = threading.Event(), []
+
+    def hold(*arguments, **options):
+        held.append(asked.wait(0 if held else 30))
+        return av.VideoFrame.from_ndarray(*arguments, **options)
+
+    def counted():
+        for i, piece in enumerate(shades(8)):
+            if i == 2:
+                asked.set()
+            yield piece
+
+    monkeypatch.setattr(mp4, "av", SimpleNamespace(open=av.open, VideoFrame=SimpleNamespace(from_ndarray=hold)))
+    write_mp4(tmp_path / "clip.mp4", counted(), 32, 32, 8)
+    assert held == [True] * 8
+
+
+def test_an_error_of_the_encoder_is_raised(tmp_path):
+    with pytest.raises(ValueError, match="mistake"):
+        do_meanwhile(lambda piece: int("mistake"), shades(2))
+    with pytest.raises(ValueError):
+        write_mp4(tmp_path / "clip.mp4", [torch.zeros(1, 32, 32, 2, dtype=torch.uint8)], 32, 32, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sound_waits_for_no_picture(tmp_path):
@@ -91,11 +123,12 @@ def test_an_error_leaves_nothing_behind_and_an_old_file_untouched(tmp_path, erro
 
 def test_a_killed_writer_leaves_no_file_that_looks_whole(tmp_path):
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import as_package; as_package.load_pack()\n"
+        "import os, sys, time; sys.path.insert(0, sys.argv[1]); import as_package; as_package.load_pack()\n"
         "import torch; from pathlib import Path; from pack.sampler.mp4 import write_mp4\n"
         "def pieces():\n"
         "    for i in range(200):\n"
         "        yield torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)\n"
+        "    while not any(path.stat().st_size for path in Path(sys.argv[2]).iterdir()): time.sleep(0.01)\n"
         "    os.kill(os.getpid(), 9)\n"
         "write_mp4(Path(sys.argv[2]) / 'clip.mp4', pieces(), 64, 64, 400)\n"
     )
