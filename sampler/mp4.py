@@ -16,7 +16,7 @@ from .sizes import FPS
 
 CRF = range(1, 52)  # x264's qualities for 8-bit 4:2:0; its 0 is a lossless profile that browsers do not play
 DEFAULT_CRF = 23  # x264's own
-BT709, BT601 = 1, 5  # primaries and transfer, matrix: codes of ISO/IEC 23091-2
+BT709, BT601 = 1, 6  # primaries and transfer, matrix: codes of ISO/IEC 23091-2
 LIMITED = 1  # 16 to 235: libavutil's AVCOL_RANGE_MPEG
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # Hz, ISO 14496-3
 WAITING = 2**26  # bytes of pictures that may wait for x264: 10 at 1080p; twice as many save little time

@@ -149,7 +149,7 @@ def test_colours_are_those_that_the_file_names(tmp_path, size):
     )
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream, frame = container.streams.video[0].codec_context, next(container.decode(video=0))
-    assert (stream.colorspace, stream.color_primaries, stream.color_trc, stream.color_range) == (5, 1, 1, 1)
+    assert (stream.colorspace, stream.color_primaries, stream.color_trc, stream.color_range) == (6, 1, 1, 1)
     y = 0.299 * r + 0.587 * g + 0.114 * b
     wanted = [16 + 219 / 255 * y, 128 + 224 / 255 * (b - y) / 1.772, 128 + 224 / 255 * (r - y) / 1.402]
     found = [np.frombuffer(plane, np.uint8)[plane.line_size * 8 + 8] for plane in frame.planes]
