@@ -52,10 +52,12 @@ def run(command, folder, **variables):
     """Run a command with .venv's Python and exit as it does; COMFYUI_PATH tells it which ComfyUI to use.
 
     OpenMP's threads wait asleep: awake, on a computer that does something else too, they take a clip from 1.3 s to 13.
+    Into a file or a pipe Windows writes its own code page, in which letters that it lacks become escapes.
     variables: of the environment, where it does not have them.
     """
     command = [str(environment.python_of()), *map(str, command)]
-    variables = {"OMP_WAIT_POLICY": "PASSIVE", **variables, **os.environ, "COMFYUI_PATH": str(folder)}
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONIOENCODING": ":backslashreplace"}
+    variables = {**defaults, **variables, **os.environ, "COMFYUI_PATH": str(folder)}
     if sys.platform != "win32":
         sys.stdout.flush()
         os.execve(command[0], command, variables)  # signals and the exit code then need no passing on

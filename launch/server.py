@@ -69,7 +69,7 @@ class Server:
             stdout=self.log_file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},  # of the log; Windows has others
         )
         self.as_before = interrupt_when_told_to_end()
         try:
@@ -88,7 +88,11 @@ class Server:
             self.process.wait()
         self.as_before()
         self.log_file.close()
-        self.folder.cleanup()
+        for _ in range(50):  # on Windows what a .venv's python.exe started lets go of its files after it
+            self.folder.cleanup()
+            if not self.base.exists():
+                break
+            time.sleep(0.1)
 
     @property
     def input(self):

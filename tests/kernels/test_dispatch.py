@@ -84,6 +84,7 @@ def test_a_card_that_is_full_when_a_kernel_is_tried_tries_it_again(trial, error,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows a card that this machine does not have")
 def test_a_full_card_is_no_reason_to_do_without_triton(monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", Mock(side_effect=FULL[0]))
     dispatch.triton_kernels.cache_clear()

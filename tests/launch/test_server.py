@@ -81,9 +81,10 @@ def test_interrupt_then_the_next_one_works(server):
     assert demo.clip_path(client.run(GRAPH), server.output).is_file()
 
 
-def test_server_that_cannot_start_says_why(comfyui, tmp_path):
-    with pytest.raises(LaunchError, match="exit code 2(.|\n)*unrecognized arguments: --no-such-word"):
-        Server(comfyui, tmp_path, arguments=["--no-such-word"]).__enter__()
+def test_server_that_cannot_start_says_why(comfyui, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # as little as a code page of Windows may have
+    with pytest.raises(LaunchError, match="exit code 2(.|\n)*unrecognized arguments: --kein-schönes-Wort"):
+        Server(comfyui, tmp_path, arguments=["--kein-schönes-Wort"]).__enter__()
 
 
 WAITS_WITH_A_SERVER = """

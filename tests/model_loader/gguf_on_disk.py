@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import torch
 from pack.model_loader.gguf_blocks import quantise
+from sparse_file import extend
 
 KIND = gguf.GGMLQuantizationType
 LLAMA = {  # ours -> llama.cpp's, written out apart from the loader's table
@@ -86,5 +87,5 @@ def write_sparse(path, tensors, kind, architecture):
     writer.close()
     with open(path, "r+b") as file:
         start = file.seek(0, 2)
-        file.truncate(-(-start // 32) * 32 + end)
+        extend(file, -(-start // 32) * 32 + end)
     return path

@@ -25,6 +25,7 @@ from pack.model_loader.load import (
 )
 from pack.verify.case import GOLDEN
 from safetensors.torch import save_file
+from sparse_file import extend
 
 Network = namedtuple("Network", "key component preset load")
 NETWORKS = {  # key: of KEY_MAPS; component: of the manifest
@@ -74,9 +75,9 @@ def write_sparse(files, folder):
                 dtype = NAMES[tensor.dtype]
                 header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
             text = json.dumps(header).encode()
-            with target.open("wb") as file:
+            with target.open("w+b") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
-                file.truncate(8 + len(text) + end)
+                extend(file, 8 + len(text) + end)
         else:
             with torch.serialization.skip_data():
                 torch.save(on_cpu(content), target)

@@ -85,11 +85,11 @@ def block_bytes(network):
     return comfy.model_management.module_size(network.block)
 
 
-def nano_inputs():
+def nano_inputs(seed=1):
     """Pure noise and a real prompt's features, as nano's first step sees them."""
     clip = load_clip(files.NANO_WEIGHTS / files.TEXT_ENCODER.nano, "default")
     text = clip.encode_from_tokens_scheduled(clip.tokenize("A red ball bounces. It beeps."))[0][0]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return *(torch.randn(shape, generator=generator) for shape in ((1, 48, 13, 6, 6), (1, 51, 64))), text
 
 

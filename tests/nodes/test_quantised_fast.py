@@ -1,5 +1,7 @@
 """fp8 and int8 by choice, from any file: weights alone, or products in them too, inputs quantised row by row."""
 
+import statistics
+
 import comfy.model_management
 import comfy.quant_ops
 import comfy.sd
@@ -79,9 +81,9 @@ NANO_BARS = [
 @pytest.mark.parametrize(("mode", "bar"), NANO_BARS)
 def test_nano_in_them_is_near(loaded, mode, bar):
     nano = files.NANO_WEIGHTS / files.MODEL.nano
-    small = load_model(nano, torch.bfloat16, quantised=mode).model.diffusion_model
-    inputs = nano_inputs()
-    assert 0 < relative(small(*inputs), load_dit(nano)(*inputs)) < bar
+    small, wide = load_model(nano, torch.bfloat16, quantised=mode).model.diffusion_model, load_dit(nano)
+    errors = [relative(small(*inputs), wide(*inputs)) for inputs in map(nano_inputs, range(8))]
+    assert 0 < min(errors) and statistics.fmean(errors) < bar  # with other noise int8 fast is off by 1.6 to 2.2 %
 
 
 @pytest.mark.parametrize(("stored", "chosen"), [("ours", "int8"), ("int8", "fp8"), ("int8_rotated", "fp8")])
