@@ -133,7 +133,7 @@ def test_package_metadata():
     comfy = project["tool"]["comfy"]
     assert project["project"]["name"] == "happyhorse-local"
     assert "comfyui" not in (project["project"]["name"] + comfy["DisplayName"]).lower(), "the registry refuses it"
-    assert comfy["requires-comfyui"] == ">=0.24"
+    assert comfy["requires-comfyui"] == ">=0.24.0"  # `comfy node publish` drops what has not three numbers
     assert "Apache License" in (ROOT / project["project"]["license"]["file"]).read_text(encoding="utf-8")
     entry = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     constants = {node.targets[0].id: node.value.value for node in entry.body if isinstance(node, ast.Assign)}
