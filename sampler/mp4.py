@@ -32,8 +32,8 @@ def write_mp4(path, pieces, width, height, frames, audio=None, metadata=None, cr
     rate factor, 1 (best, largest) to 51.
 
     Codecs, pixel format and names are those of ComfyUI's own video writer (x264, yuv420p), and so is the matrix of
-    colours, BT.601's, which PyAV before 17 reads any file with; but the file says so, because players take pictures of
-    720 lines and more for BT.709's where nothing is said. The file grows as `path`.part, which an exception, from
+    colours, BT.601's, which PyAV before 17 reads any file with; but the file says so, because Chromium takes 720
+    lines and more for BT.709's where nothing is said. The file grows as `path`.part, which an exception, from
     `pieces` too, removes. ValueError for sides, channels or a crf it cannot write.
     """
     if crf not in CRF:
