@@ -134,6 +134,7 @@ def test_cpu_machines_ask_for_exactly_the_cpu_build(machine, torchvision):
 
 
 def test_windows_with_a_card_looks_for_torch_where_it_has_cuda(tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("")  # of a ComfyUI; Python 3.10 gets what that asks for
     machines = (("win32", False, ""), ("linux", True, ""), ("win32", True, environment.WINDOWS_INDEX))
     for system, nvidia, index in machines:
         monkeypatch.setattr(environment, "has_nvidia", lambda nvidia=nvidia: nvidia)
