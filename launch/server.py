@@ -88,11 +88,7 @@ class Server:
             self.process.wait()
         self.as_before()
         self.log_file.close()
-        for _ in range(50):  # on Windows what a .venv's python.exe started lets go of its files after it
-            self.folder.cleanup()
-            if not self.base.exists():
-                break
-            time.sleep(0.1)
+        self.folder.cleanup()
 
     @property
     def input(self):

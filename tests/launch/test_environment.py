@@ -216,10 +216,20 @@ def test_lock_waits_for_its_holder_and_survives_its_death(tmp_path):
             process.wait()
 
 
+def run_with(code, **own):
+    """Return what `code` prints when run.py runs it in this environment, changed by `own`, into a pipe."""
+    start = "import sys; sys.argv = ['run.py']; import run; run.environment.python_of = lambda: sys.executable; "
+    dropped = ("OMP_WAIT_POLICY", "PYTHONIOENCODING")
+    variables = {name: value for name, value in os.environ.items() if name not in dropped}
+    command = [sys.executable, "-c", f"{start}run.run(['-c', {code!r}], 'somewhere')"]
+    return subprocess.check_output(command, cwd=ROOT, env=variables | own, text=True).strip()
+
+
 @pytest.mark.parametrize(("own", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_wait_asleep_unless_the_user_says_otherwise(own, expected):
-    code = "import sys; sys.argv = ['run.py']; import run; run.environment.python_of = lambda: sys.executable; "
-    code += "run.run(['-c', 'import os; print(os.environ[\"OMP_WAIT_POLICY\"])'], 'somewhere')"
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | own
-    found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=variables, text=True)
-    assert found.strip() == expected
+    assert run_with("import os; print(os.environ['OMP_WAIT_POLICY'])", **own) == expected
+
+
+def test_letters_that_a_pipe_has_not_become_escapes():
+    old_fashioned = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # as Windows is with its code pages
+    assert run_with("print(chr(0x4E00))", **old_fashioned) == r"\u4e00"

@@ -75,7 +75,7 @@ def write_sparse(files, folder):
                 dtype = NAMES[tensor.dtype]
                 header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
             text = json.dumps(header).encode()
-            with target.open("w+b") as file:
+            with target.open("wb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
                 extend(file, 8 + len(text) + end)
         else:
